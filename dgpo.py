@@ -1,0 +1,894 @@
+"""DGPO: Direct Group Preference Optimization, reinforcement learning for flow-matching text-to-image models.
+
+    python dgpo.py --prompt-file shapes/prompts.txt           # the embedded model, two CPU cores, about ten minutes
+    python dgpo.py --help                                     # every setting
+
+Reference: "Reinforcing Diffusion Models by Direct Group Preference Optimization", Luo, Hu, Tang, ICLR 2026,
+arXiv 2510.08425; equation numbers below are the paper's.  The idea in five lines: for a prompt, draw a group of images
+with a *deterministic* ODE solver; score them; let the standardised rewards A_i split the group into a preferred and a
+rejected set weighted by |A_i|; and train the model so that the flow-matching error of the preferred images falls,
+relative to a reference model's, and that of the rejected ones rises.  As the weights of both sets are equal, the
+partition function of the preference model cancels, and no stochastic policy is needed anywhere.
+
+Conventions, those of diffusers: x_t = (1 - sigma) x0 + sigma noise, velocity = noise - x0, sigma = 1 is noise and 0 is
+data.  Shapes at the right margin: P prompts (groups), G images a group, B = P*G, M timesteps a rollout, R (group,
+timestep) rows, and [C, H, W] a latent.
+
+Departures from the paper and from its authors' published settings:
+ 1. Timesteps are drawn from the continuous interval [shift(t_min), 1], one in each of M equal strata, not from the
+    rollout's grid: a grid of 10 steps has only 5 or 6 points above t_min, and strata lower the gradient's variance.
+ 2. `--updates-per-rollout` may split the M timesteps over several optimizer steps (the authors take one).
+ 3. Groups without signal (all rewards equal) are not trained on at all, so the KL term leaves them out too.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from rewards import RewardError, load_reward, prompt_category
+
+# ------------------------------------------------------------------------------------------------
+# SETTINGS: this list is the command line
+# ------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can put right; main() prints it as one sentence and exits with code 2."""
+
+
+def setting(default, help, **metadata):
+    """A field of Config with its --help text."""
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class Config:
+    """Every setting of a run; defaults are those of the embedded job, README lists the paper's for SD3.5-M."""
+
+    # Task
+    prompt_file: str = setting("", "training prompts, one a line", required=True)
+    eval_prompt_file: str = setting("", "held-out prompts (default: heldout.txt beside the prompt file)")
+    model: str = setting("shapes/model", "SD3-family pipeline: a folder in diffusers' format, or a hub id")
+    reward: str = setting("shapes", "reward: NAME, file.py:function, or a sum NAME:weight,NAME:weight")
+    output_dir: str = setting("", "where everything is written (default: runs/<date-time>)")
+    resume: bool = setting(False, "go on with the run in --output-dir")
+    steps: int = setting(200, "training steps (one rollout of all groups each)")
+    seed: int = setting(0, "seed of LoRA, prompt order and noises")
+    device: str = setting("", "cpu, cuda, ... (default: cuda if there is one)")
+    dtype: str = setting("float32", "dtype of the frozen model", choices=("float32", "bfloat16"))
+    # Rollout
+    groups_per_step: int = setting(8, "P, prompts a step (paper: 24)")
+    group_size: int = setting(12, "G, images a prompt (paper: 24)")
+    num_inference_steps: int = setting(8, "solver steps of a rollout (paper: 10)")
+    solver: str = setting("dpm++2m", "ODE solver of rollouts and evaluation", choices=("euler", "dpm++2m"))
+    guidance_scale: float = setting(3.0, "classifier-free guidance of rollouts and evaluation (paper: 4.5)")
+    shift: float = setting(3.0, "timestep shift of solver and training (paper: 3)")
+    resolution: int = setting(0, "image side in pixels, 0 for the model's own (paper: 512)")
+    max_sequence_length: int = setting(1, "T5 tokens; without a T5, the zero tokens in its place (paper: 256)")
+    rollout_old_after: int = setting(0, "updates after which rollouts use the old policy, 0 for never (paper: 200)")
+    # Objective
+    beta: float = setting(100.0, "strength of the preference inside the sigmoid (paper: 10 to 100)")
+    t_min: float = setting(0.3, "lowest timestep trained on, before the shift (paper: 0.3 to 0.4)")
+    timesteps_per_rollout: int = setting(4, "M, timesteps trained on for each group (paper: 4)")
+    updates_per_rollout: int = setting(4, "optimizer steps the M timesteps are split over (paper: 1)")
+    advantage_std: str = setting("group", "standardise advantages within group or batch", choices=("group", "batch"))
+    clip_range: float = setting(0.01, "PPO-style clip of exp(old error - error), 0 for none (paper: 1e-3 to 1e-2)")
+    kl_weight: float = setting(0.01, "weight of mean (v - v_ref)^2 (paper: 1e-3 to 2e-2)")
+    reference_guidance_scale: float = setting(1.0, "guidance of the reference's velocity (paper: 1)")
+    reference_decay: float = setting(1.0, "EMA decay of the reference, an update; 1 keeps it frozen (paper: 1)")
+    old_decay: float = setting(0.5, "EMA decay of the old policy, an update (paper: 0.3)")
+    old_decay_ramp: float = setting(1.0, "the old policy's decay after k updates is at most k times this (paper: 0.001)")
+    # Optimisation
+    learning_rate: float = setting(7e-4, "AdamW's learning rate (paper: 3e-4)")
+    weight_decay: float = setting(1e-4, "AdamW's weight decay (paper: 1e-4)")
+    max_grad_norm: float = setting(1.0, "gradient-norm clipping (paper: 1)")
+    lora_rank: int = setting(32, "LoRA rank; alpha is twice the rank (paper: 32 or 64)")
+    lora_targets: str = setting("to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out",
+                                "name endings of the linear layers that get a LoRA")
+    ema_decay: float = setting(0.98, "EMA decay, an update, of the weights evaluated and exported (paper: 0.9 in 8)")
+    # Compute
+    rollout_batch_size: int = setting(256, "images sampled, encoded or decoded at once")
+    train_batch_size: int = setting(96, "samples in one backward pass; does not change the gradient")
+    # Evaluation and saving
+    eval_every: int = setting(50, "steps between evaluations on held-out prompts")
+    eval_prompts: int = setting(0, "held-out prompts used, the first N of the file, 0 for all")
+    eval_images: int = setting(4, "images a held-out prompt, from noises that stay the same")
+    eval_num_inference_steps: int = setting(10, "solver steps of evaluation (paper: 40)")
+    save_every: int = setting(50, "steps between checkpoints")
+
+    def check(self):
+        """Refuse values that make no sense, each by name.  Raises UserError."""
+        for name, low in (("group_size", 2), ("groups_per_step", 1), ("steps", 1), ("num_inference_steps", 1),
+                          ("timesteps_per_rollout", 1), ("updates_per_rollout", 1), ("lora_rank", 1), ("eval_every", 1),
+                          ("eval_images", 1), ("eval_num_inference_steps", 1), ("save_every", 1), ("eval_prompts", 0),
+                          ("rollout_batch_size", 1), ("train_batch_size", 1), ("max_sequence_length", 0),
+                          ("clip_range", 0), ("kl_weight", 0), ("resolution", 0), ("rollout_old_after", 0),
+                          ("seed", 0), ("old_decay_ramp", 0), ("weight_decay", 0)):
+            if not getattr(self, name) >= low:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
+        for name in ("beta", "learning_rate", "shift", "max_grad_norm", "guidance_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        for name in ("t_min", "old_decay", "ema_decay", "reference_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(self, name)}")
+        if self.timesteps_per_rollout % self.updates_per_rollout:
+            raise UserError(f"--updates-per-rollout {self.updates_per_rollout} must divide "
+                            f"--timesteps-per-rollout {self.timesteps_per_rollout}")
+
+
+# ------------------------------------------------------------------------------------------------
+# FLOW MATCHING: time, noise and the deterministic solvers (paper, section 2)
+# ------------------------------------------------------------------------------------------------
+
+
+def shift_time(t, shift):
+    """Move timesteps t in [0, 1] (number or tensor) towards noise, as SD3 does at higher resolutions."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def ode_sigmas(num_steps, shift):
+    """The solver's noise levels from 1 down to 0: float32 [num_steps + 1].
+
+    Equal to diffusers' FlowMatchEulerDiscreteScheduler, whose grid ends, before the final 0, at the shifted 1/1000.
+    """
+    grid = torch.linspace(1.0, shift_time(1 / 1000, shift), num_steps, dtype=torch.float64)
+    return torch.cat([shift_time(grid, shift), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def add_noise(x0, noise, sigma):
+    """The flow's straight path.  Tensors that broadcast -> (x_t, target velocity)."""
+    return (1 - sigma) * x0 + sigma * noise, noise - x0
+
+
+def sample_ode(velocity, noise, sigmas, solver="euler"):
+    """Integrate dx/dsigma = velocity(x, sigma) from noise to data.
+
+    velocity: callable (x [B, ...], sigma a 0-d tensor) -> [B, ...]; noise: [B, ...]; sigmas: [steps + 1], falling.
+    solver: "euler", or "dpm++2m", DPM-Solver++ for flows: second-order multistep on the data prediction
+    x0 = x - sigma v in lambda = log((1 - sigma) / sigma) (arXiv 2211.01095).  Both are deterministic.
+    """
+    x, last_x0, last_h = noise, None, None
+    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+        v = velocity(x, sigma)
+        if solver == "euler":
+            x = x + (next_sigma - sigma) * v
+            continue
+        x0 = x - sigma * v
+        h = torch.logit(1 - next_sigma) - torch.logit(1 - sigma)
+        estimate = x0
+        # lambda is infinite at both ends, sigma = 1 and 0: there, extrapolation has no meaning and order one serves.
+        if last_x0 is not None and h.isfinite() and last_h.isfinite():
+            estimate = x0 + h / (2 * last_h) * (x0 - last_x0)
+        x = next_sigma / sigma * x + (1 - next_sigma / sigma) * estimate
+        last_x0, last_h = x0, h
+    return x
+
+
+def draw_timesteps(groups, count, t_min, shift, generator):
+    """Timesteps to train on, [groups, count] in [shift(t_min), 1]: one in each of `count` strata, in random order.
+
+    Below t_min an x_t shows the fine detail of a few-step sample, which is not to be imitated (paper, section 3.3).
+    """
+    strata = torch.rand(groups, count, generator=generator).argsort(1)
+    u = (strata + torch.rand(groups, count, generator=generator)) / count
+    return shift_time(t_min + (1 - t_min) * u, shift)
+
+
+# ------------------------------------------------------------------------------------------------
+# GROUP PREFERENCES: advantages (Eq. 12-14), loss (Eq. 17), clip
+# ------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, std="group", max_advantage=5.0):
+    """A = (r - mean) / std (Eq. 12): rewards [P, G] -> advantages [P, G], clamped to +-max_advantage.
+
+    The mean is the group's; the (population) std the group's or, with std="batch", that of all rewards.  A group whose
+    rewards are all equal says nothing and gets exactly zero.
+    """
+    centered = rewards - rewards.mean(1, keepdim=True)
+    scale = rewards.std(1, keepdim=True, correction=0) if std == "group" else rewards.std(correction=0)
+    # The epsilon keeps rounding noise in nearly equal rewards from becoming advantages of order one.
+    advantages = (centered / (scale + 1e-4)).clamp(-max_advantage, max_advantage)
+    return advantages * (rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True))
+
+
+def dgpo_loss(error, ref_error, advantages, beta):
+    """The DGPO objective (Eq. 17), divided by beta: a scalar, the mean over groups.
+
+    error, ref_error, advantages: [P, G], the *mean* squared velocity errors of the current and the reference model.
+    Its gradient for error_i of a group is sigmoid(S) A_i / G (and 1/P from the mean): beta acts inside the sigmoid only.
+    For G = 2 and advantages +1, -1 this is Diffusion-DPO with beta/2.
+    """
+    S = beta * (advantages * (error - ref_error)).mean(1)                                          # [P]
+    return -F.logsigmoid(-S).mean() / beta
+
+
+def past_clip(error, old_error, advantages, clip_range):
+    """Which samples moved far enough from the old policy already: bool [P, G] from [P, G] each.
+
+    With ratio = exp(old_error - error): preferred ones (A > 0) at ratio > 1 + clip_range, rejected ones (A < 0) at
+    ratio < 1 - clip_range.
+    """
+    ratio = torch.exp(old_error - error.detach())
+    return ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
+
+
+def clip_error(error, old_error, advantages, clip_range):
+    """PPO-style clip, [P, G] each: the same errors, with no gradient for the samples that are `past_clip`.
+
+    The error of a rejected sample can grow without bound, and would; values stay, so S keeps its meaning.
+    """
+    return torch.where(past_clip(error, old_error, advantages, clip_range), error.detach(), error)
+
+
+# ------------------------------------------------------------------------------------------------
+# LORA AND THE POLICIES: one frozen model, several sets of low-rank weights
+# ------------------------------------------------------------------------------------------------
+
+
+class LoRALinear(nn.Module):
+    """y = W x + (alpha / rank) up down x (arXiv 2106.09685), with `policies` to choose (down, up) from.
+
+    `active` is the name of the policy in force; a name without weights, as "reference" usually is, means W alone.
+    """
+
+    def __init__(self, base, rank, scale, generator):
+        super().__init__()
+        self.base, self.scale, self.active, self.policies = base, scale, "reference", {}
+        # As in the LoRA paper, `up` is zero: every policy starts as the base model.  fp32 whatever the base's dtype,
+        # because the steps of AdamW are smaller than bf16 can add.
+        bound = base.in_features ** -0.5
+        down = torch.rand(rank, base.in_features, generator=generator) * 2 * bound - bound
+        up = torch.zeros(base.out_features, rank)
+        self.policies["current"] = [t.to(base.weight.device).requires_grad_() for t in (down, up)]
+
+    def forward(self, x):
+        """[..., in] -> [..., out] in the base's dtype."""
+        y = self.base(x)
+        if self.active not in self.policies:
+            return y
+        down, up = self.policies[self.active]
+        return y + self.scale * F.linear(F.linear(x.to(down.dtype), down), up).to(y.dtype)
+
+
+class LoRA:
+    """The LoRA layers of a transformer and their policies: "current" (trained), "old", "ema", and "reference".
+
+    The frozen reference is the model with LoRA off; a moving one has weights of its own like the others.
+    """
+
+    def __init__(self, transformer, rank, alpha, targets, seed=0, moving_reference=False):
+        transformer.requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        self.layers = {}
+        for name, module in list(transformer.named_modules()):
+            if isinstance(module, nn.Linear) and name.endswith(tuple("." + target for target in targets)):
+                parent, _, leaf = name.rpartition(".")
+                self.layers[name] = LoRALinear(module, rank, alpha / rank, generator)
+                setattr(transformer.get_submodule(parent), leaf, self.layers[name])
+        if not self.layers:
+            raise UserError(f"no linear layer of the model is named like --lora-targets {','.join(targets)}")
+        for policy in ["old", "ema"] + ["reference"] * moving_reference:
+            for layer in self.layers.values():
+                layer.policies[policy] = [t.detach().clone() for t in layer.policies["current"]]
+
+    def weights(self, policy):
+        """The policy's tensors in a fixed order: [down, up, down, up, ...]."""
+        return [t for layer in self.layers.values() for t in layer.policies[policy]]
+
+    def select(self, policy):
+        """Make `policy` the one whose velocity the transformer computes."""
+        for layer in self.layers.values():
+            layer.active = policy
+
+    @torch.no_grad()
+    def follow(self, policy, decay):
+        """Move a policy towards the current one: theta^- <- decay theta^- + (1 - decay) theta."""
+        torch._foreach_lerp_(self.weights(policy), self.weights("current"), 1 - decay)
+
+    def export(self, folder, policy="ema"):
+        """Write one policy as diffusers' LoRA file, for `pipe.load_lora_weights(folder)`."""
+        tensors = {}
+        for name, layer in self.layers.items():
+            down, up = layer.policies[policy]
+            # alpha / rank is folded into `up`, as the file then means the same to every version of diffusers.
+            tensors[f"transformer.{name}.lora_A.weight"] = down.detach().cpu().contiguous()
+            tensors[f"transformer.{name}.lora_B.weight"] = (layer.scale * up.detach()).cpu().contiguous()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_atomically(tensors, folder / "pytorch_lora_weights.safetensors", {"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------
+# THE MODEL: all that the loop knows of the SD3 family; put another class here for another model
+# ------------------------------------------------------------------------------------------------
+
+
+class SD3:
+    """Stable Diffusion 3 and 3.5 through diffusers' pipeline: encode prompts, velocity, decode."""
+
+    def __init__(self, path, config):
+        """Load `path`, a folder (then no hub is asked) or a hub id.  Raises UserError if it is not an SD3 pipeline."""
+        from diffusers import StableDiffusion3Pipeline
+        self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
+        self.max_sequence_length = config.max_sequence_length
+        try:
+            self.pipe = StableDiffusion3Pipeline.from_pretrained(
+                path, torch_dtype=self.dtype, local_files_only=os.path.isdir(path), **self.absent_modules(path))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"--model {path} cannot be loaded as an SD3 pipeline: {reason}") from error
+        self.pipe.to(self.device)
+        self.vae, self.transformer = self.pipe.vae, self.pipe.transformer
+        for module in (self.vae, self.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2):
+            module.requires_grad_(False).eval()
+        self.lora = LoRA(self.transformer, config.lora_rank, 2 * config.lora_rank, config.lora_targets.split(","),
+                         config.seed, moving_reference=config.reference_decay < 1)
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side = config.resolution // factor or self.transformer.config.sample_size
+        self.latent_shape = (self.transformer.config.in_channels, side, side)
+        self.text_cache = {}
+
+    @staticmethod
+    def absent_modules(path):
+        """from_pretrained wants to be told which modules of a local folder are left out (SD3 without T5)."""
+        if not os.path.isdir(path):
+            return {}
+        try:
+            index = json.loads((Path(path) / "model_index.json").read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model {path} is no diffusers pipeline folder: no readable model_index.json") from error
+        if index.get("_class_name") != "StableDiffusion3Pipeline":
+            raise UserError(f"--model {path} holds a {index.get('_class_name')}, not a StableDiffusion3Pipeline")
+        return {name: None for name, value in index.items() if value == [None, None]}
+
+    def too_long(self, prompt):
+        """Whether every tokenizer would cut the prompt off, so that no encoder sees its end."""
+        limits = ((self.pipe.tokenizer, self.pipe.tokenizer_max_length),
+                  (self.pipe.tokenizer_2, self.pipe.tokenizer_max_length),
+                  (self.pipe.tokenizer_3, self.max_sequence_length))
+        return all(len(tokenizer(prompt).input_ids) > limit for tokenizer, limit in limits if tokenizer is not None)
+
+    @torch.no_grad()
+    def encode(self, prompts):
+        """List of B strings -> (token embeddings [B, L, D], pooled embeddings [B, D]), each prompt encoded once."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self.text_cache]
+        for i in range(0, len(missing), 64):
+            tokens, _, pooled, _ = self.pipe.encode_prompt(
+                missing[i:i + 64], None, None, do_classifier_free_guidance=False, device=self.device,
+                max_sequence_length=self.max_sequence_length)
+            self.text_cache.update(zip(missing[i:i + 64], zip(tokens, pooled)))
+        return tuple(torch.stack(parts) for parts in zip(*(self.text_cache[p] for p in prompts)))
+
+    def velocity(self, x, sigma, text, policy, guidance_scale=1.0):
+        """The policy's velocity at x [B, C, H, W], sigma (a number, 0-d or [B]) -> float32 [B, C, H, W].
+
+        policy: "reference", "old", "current" or "ema".  guidance_scale > 1: v("") + scale (v(prompt) - v("")).
+        """
+        self.lora.select(policy)
+        tokens, pooled = text
+        sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
+        inputs, guided = x, guidance_scale > 1
+        if guided:
+            empty = self.encode([""])
+            tokens = torch.cat([tokens, empty[0].expand_as(tokens)])
+            pooled = torch.cat([pooled, empty[1].expand_as(pooled)])
+            inputs, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
+        v = self.transformer(inputs.to(self.dtype), tokens, pooled, sigma * 1000, return_dict=False)[0].float()
+        if guided:
+            v, v_empty = v.chunk(2)
+            v = v_empty + guidance_scale * (v - v_empty)
+        return v
+
+    @torch.no_grad()
+    def decode(self, x0):
+        """Latents [B, C, H, W] -> list of B PIL images."""
+        latents = x0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+# ------------------------------------------------------------------------------------------------
+# ROLLOUT (Algorithm 1, lines 3-5)
+# ------------------------------------------------------------------------------------------------
+
+
+def seeded(*numbers):
+    """A CPU generator that depends on the numbers alone: a step's noise is the same however a run got there."""
+    return torch.Generator().manual_seed(random.Random(repr(numbers)).getrandbits(63))
+
+
+@torch.no_grad()
+def rollout(model, prompts, noise, num_steps, policy, config, bar=None):
+    """Images for B prompts from noise [B, C, H, W]: (latents x0 [B, C, H, W], list of B PIL images)."""
+    sigmas = ode_sigmas(num_steps, config.shift).to(model.device)
+    latents, images = [], []
+    for i in range(0, len(prompts), config.rollout_batch_size):
+        text = model.encode(prompts[i:i + config.rollout_batch_size])
+
+        def velocity(x, sigma):
+            if bar is not None:
+                bar.update()
+            return model.velocity(x, sigma, text, policy, config.guidance_scale)
+
+        start = noise[i:i + config.rollout_batch_size].to(model.device)
+        latents.append(sample_ode(velocity, start, sigmas, config.solver))
+        images += model.decode(latents[-1])
+    return torch.cat(latents), images
+
+
+# ------------------------------------------------------------------------------------------------
+# UPDATE (Algorithm 1, lines 6-9)
+# ------------------------------------------------------------------------------------------------
+
+
+def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, total_rows):
+    """Add the gradient of loss + KL over R rows, one row a group at one timestep, to the LoRA's .grad.
+
+    x0: [R, G, C, H, W]; prompts: R strings; advantages: [R, G]; sigma: [R]; noise: [R, C, H, W], shared by the group so
+    that its samples differ in x0 alone and the noise cancels between preferred and rejected.  Means are taken over
+    `total_rows`, which counts the groups left out for want of signal.  Micro-batches are whole groups or, where a group
+    is larger than train_batch_size, parts of one; the gradient is the full batch's either way, since S of Eq. 17 is
+    always the whole group's.  Returns sums over rows: dict of floats.
+    """
+    group_size = advantages.shape[1]
+    tokens, pooled = model.encode(prompts)
+    x_t, target = add_noise(x0, noise[:, None], sigma.view(-1, 1, 1, 1, 1))                        # [R, G, C, H, W]
+
+    def velocity(rows, images, policy, guidance_scale=1.0):                                        # [r, g, C, H, W]
+        x, n = x_t[rows][:, images], len(images)
+        text = tokens[rows].repeat_interleave(n, 0), pooled[rows].repeat_interleave(n, 0)
+        v = model.velocity(x.flatten(0, 1), sigma[rows].repeat_interleave(n), text, policy, guidance_scale)
+        return v.view(x.shape)
+
+    def mean_squared(difference):                                                                  # [r, g]
+        return difference.pow(2).mean((2, 3, 4))
+
+    sums = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
+    parts = torch.arange(group_size).split(config.train_batch_size)
+    for rows in torch.arange(len(x0)).split(max(1, config.train_batch_size // group_size)):
+        def whole(policy, guidance_scale=1.0):
+            return torch.cat([velocity(rows, part, policy, guidance_scale) for part in parts], 1)
+
+        with torch.no_grad():
+            ref_velocity = whole("reference", config.reference_guidance_scale)
+            ref_error = mean_squared(ref_velocity - target[rows])
+            if config.clip_range:
+                old_error = mean_squared(whole("old") - target[rows])
+            if len(parts) > 1:
+                group_error = mean_squared(whole("current") - target[rows])
+        for part in parts:
+            v = velocity(rows, part, "current")
+            error = mean_squared(v - target[rows][:, part])                                        # [r, g]
+            kl = mean_squared(v - ref_velocity[:, part])                                           # [r, g]
+            if len(parts) > 1:
+                error = group_error.index_copy(1, part.to(error.device), error)                    # [r, G]
+            live = error
+            if config.clip_range:
+                live = clip_error(error, old_error, advantages[rows], config.clip_range)
+            loss = dgpo_loss(live, ref_error, advantages[rows], config.beta) * len(rows)
+            (loss / total_rows + config.kl_weight * kl.sum() / (total_rows * group_size)).backward()
+            sums["kl"] += kl.sum().item() / group_size
+        sums["loss"] += loss.item()
+        if config.clip_range:
+            done = past_clip(error, old_error, advantages[rows], config.clip_range)
+            sums["clip_fraction"] += done.float().mean(1).sum().item()
+    return sums
+
+
+def update(model, optimizer, x0, prompts, advantages, config, step, bar=None):
+    """All optimizer steps on one rollout: x0 [P, G, C, H, W], P prompts, advantages [P, G].  Returns metrics."""
+    P, M, steps = len(prompts), config.timesteps_per_rollout, config.updates_per_rollout
+    generator = seeded(config.seed, "update", step)
+    sigma = draw_timesteps(P, M, config.t_min, config.shift, generator).to(model.device)           # [P, M]
+    noise = torch.randn(P, M, *x0.shape[2:], generator=generator).to(model.device)                 # [P, M, C, H, W]
+    useful = advantages.abs().sum(1).nonzero()[:, 0]
+    totals = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm"), 0.0)
+    for k in range(steps if len(useful) else 0):
+        columns = range(k * M // steps, (k + 1) * M // steps)
+        group, column = (t.flatten() for t in torch.meshgrid(useful, torch.tensor(columns), indexing="ij"))
+        sums = accumulate_gradients(model, x0[group], [prompts[g] for g in group], advantages[group],
+                                    sigma[group, column], noise[group, column], config, P * len(columns))
+        norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        done = step * steps + k + 1
+        model.lora.follow("old", min(config.old_decay, config.old_decay_ramp * done))
+        # Early on a long average would be mostly the untrained model: (1 + k) / (10 + k) opens it gradually.
+        model.lora.follow("ema", min(config.ema_decay, (1 + done) / (10 + done)))
+        if config.reference_decay < 1:
+            model.lora.follow("reference", config.reference_decay)
+        for name, value in sums.items():
+            totals[name] += value / (len(group) * steps)
+        totals["gradient_norm"] += norm.item() / steps
+        if bar is not None:
+            bar.update()
+    return totals
+
+
+# ------------------------------------------------------------------------------------------------
+# EVALUATION: held-out prompts, always from the same noise
+# ------------------------------------------------------------------------------------------------
+
+
+def evaluate(model, reward, prompts, config, policy):
+    """Score the policy on N held-out prompts: (rewards [N, K], list of N*K images), K images each.
+
+    The noises depend on nothing but the shape, so every evaluation of every run sees the same ones.
+    """
+    repeated = [p for p in prompts for _ in range(config.eval_images)]
+    noise = torch.randn(len(repeated), *model.latent_shape, generator=seeded("evaluation"))
+    total = -(-len(repeated) // config.rollout_batch_size) * config.eval_num_inference_steps
+    with tqdm(total=total, desc="evaluation", leave=False, position=1) as bar:
+        _, images = rollout(model, repeated, noise, config.eval_num_inference_steps, policy, config, bar)
+    return reward(images, repeated, [{}] * len(images)).view(len(prompts), -1), images
+
+
+def mean_and_error(values):
+    """Mean and its standard error over prompts: values [N, K] -> two floats."""
+    per_prompt = values.mean(1)
+    return per_prompt.mean().item(), per_prompt.std(correction=0).item() / max(1, len(values) - 1) ** 0.5
+
+
+def summarize(rewards, prompts, strict):
+    """Evaluation metrics of rewards [N, K]: dict with reward, strict accuracy, their errors, and per category."""
+    values = (rewards >= 1).float() if strict else rewards
+    score, error = mean_and_error(values)
+    categories = [prompt_category(prompt, {}) for prompt in prompts]
+    table = {c: values[[i for i, have in enumerate(categories) if have == c]].mean().item()
+             for c in dict.fromkeys(categories)}
+    return {"eval_reward": rewards.mean().item(), "eval_score": score, "eval_error": error, "eval_categories": table}
+
+
+def image_grid(images, prompts, rewards, columns=2, tile=96):
+    """One row of K pictures a prompt under its prompt and mean reward; N*K images, rewards [N, K] -> PIL image."""
+    count, gap, line = rewards.shape[1], 6, 16
+    width, height = count * tile + gap, tile + line + gap
+    grid = Image.new("RGB", (columns * width + gap, -(-len(prompts) // columns) * height + gap), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, prompt in enumerate(prompts):
+        x, y = gap + i % columns * width, gap + i // columns * height
+        score = f"{rewards[i].mean():.2f}"
+        draw.text((x, y), prompt[: count * tile // 7] + "  " + score, fill="black")
+        for k in range(count):
+            picture = images[i * count + k].resize((tile, tile), Image.Resampling.NEAREST)
+            grid.paste(picture, (x + k * tile, y + line))
+    return grid
+
+
+def curve_image(points, label, size=(640, 360), margin=48):
+    """Draw (step, score) points as a line with axes: a PIL image."""
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    steps, scores = zip(*points)
+    low, high = min(scores), max(scores)
+    low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+
+    def place(step, score):
+        x = margin + (size[0] - 2 * margin) * step / max(1, max(steps))
+        return x, size[1] - margin - (size[1] - 2 * margin) * (score - low) / (high - low)
+
+    for k in range(5):
+        score, step = low + (high - low) * k / 4, max(steps) * k / 4
+        draw.line([place(0, score), place(max(steps), score)], fill="#dddddd")
+        draw.text((4, place(0, score)[1] - 6), f"{score:.3f}", fill="black")
+        draw.text((place(step, low)[0] - 8, size[1] - margin + 6), f"{step:.0f}", fill="black")
+    draw.text((margin, 14), f"{label} against training steps", fill="black")
+    path = [place(*point) for point in points]
+    draw.line(path, fill="#1f5fbf", width=2)
+    for x, y in path:
+        draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill="#1f5fbf")
+    return image
+
+
+# ------------------------------------------------------------------------------------------------
+# FILES: prompts, checkpoints, the run's folder
+# ------------------------------------------------------------------------------------------------
+
+
+def load_prompts(path, model=None):
+    """The prompts of a text file, one a line; blank lines are skipped.  Raises UserError with the line's number."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"the prompt file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    prompts = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            if model is not None and model.too_long(line.strip()):
+                raise UserError(f"{path}, line {number}: the prompt {line.strip()!r} is too long for the tokenizer")
+            prompts[line.strip()] = number
+    if not prompts:
+        raise UserError(f"the prompt file {path} holds no prompt")
+    return list(prompts)
+
+
+def save_atomically(tensors, path, metadata):
+    """Write a safetensors file so that `path` is either the old file or the whole new one, whatever happens."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path, model, optimizer, step, curve, metrics_bytes, seconds):
+    """All that a run needs to go on: every policy's LoRA, AdamW's moments, and how far it is."""
+    tensors = {}
+    for policy in next(iter(model.lora.layers.values())).policies:
+        tensors.update({f"{policy}.{i}": t.detach().contiguous() for i, t in enumerate(model.lora.weights(policy))})
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors.update({f"adamw.{i}.{key}": value for key, value in state.items()})
+    progress = {"step": step, "curve": curve, "metrics_bytes": metrics_bytes, "seconds": seconds}
+    save_atomically(tensors, path, {"progress": json.dumps(progress)})
+
+
+def load_checkpoint(path, model, optimizer):
+    """Put a checkpoint's tensors in place and return its progress.  Raises UserError for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors, progress = {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["progress"])
+        with torch.no_grad():
+            for policy in next(iter(model.lora.layers.values())).policies:
+                for i, t in enumerate(model.lora.weights(policy)):
+                    t.copy_(tensors[f"{policy}.{i}"])
+        state = {}
+        for name, tensor in tensors.items():
+            kind, i, *key = name.split(".")
+            if kind == "adamw":
+                state.setdefault(int(i), {})[key[0]] = tensor
+    except Exception as error:  # safetensors raises its own type, a wrong shape RuntimeError, a missing key KeyError
+        raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return progress
+
+
+# What may differ between a run and its continuation; any other setting would make it another run.
+FREE_ON_RESUME = {"resume", "output_dir", "steps", "save_every", "rollout_batch_size", "device"}
+
+
+def open_run(config):
+    """Make the output folder and write config.json, or check that the folder's run is the one to resume."""
+    folder = Path(config.output_dir)
+    if (folder / "config.json").exists():
+        if not config.resume:
+            raise UserError(f"--output-dir {folder} holds another run; give --resume to go on with it")
+        before = json.loads((folder / "config.json").read_text())
+        for name, value in dataclasses.asdict(config).items():
+            if name not in FREE_ON_RESUME and before.get(name, value) != value:
+                raise UserError(f"--{name.replace('_', '-')} is {value}, but the run in {folder} has {before[name]}")
+    elif config.resume:
+        raise UserError(f"--resume: there is no run in {folder or '.'}")
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    return folder
+
+
+class RunFolder:
+    """What a run writes: metrics.jsonl, samples/, reward.png, before_after.png, checkpoint.safetensors, lora/."""
+
+    def __init__(self, folder, progress):
+        """Continue from `progress` (load_checkpoint's dict): later lines of metrics.jsonl are cut off."""
+        self.folder, self.curve, self.past_seconds = folder, progress["curve"], progress["seconds"]
+        self.started = time.monotonic()
+        self.metrics = open(folder / "metrics.jsonl", "ab")
+        self.metrics.truncate(progress["metrics_bytes"])
+
+    def seconds(self):
+        """Seconds this run has taken, those before a resume included."""
+        return self.past_seconds + time.monotonic() - self.started
+
+    def log(self, values):
+        """Append one line to metrics.jsonl."""
+        self.metrics.write((json.dumps({**values, "seconds": round(self.seconds(), 3)}) + "\n").encode())
+        self.metrics.flush()
+
+    def record_evaluation(self, step, summary, images, prompts, rewards):
+        """Write an evaluation's metrics line, its picture grid and the curve so far."""
+        self.log({"step": step, "evaluation": True, **summary})
+        n, k = min(12, len(prompts)), rewards.shape[1]
+        image_grid(images[:n * k], prompts[:n], rewards[:n]).save(self.folder / "samples" / f"{step:06d}.png")
+        self.curve.append([step, summary["eval_score"]])
+        curve_image(self.curve, "held-out score").save(self.folder / "reward.png")
+
+    def save(self, model, optimizer, step):
+        """Write the checkpoint and the exported LoRA."""
+        save_checkpoint(self.folder / "checkpoint.safetensors", model, optimizer, step, self.curve,
+                        self.metrics.tell(), self.seconds())
+        model.lora.export(self.folder / "lora")
+
+
+# ------------------------------------------------------------------------------------------------
+# TRAIN (Algorithm 1)
+# ------------------------------------------------------------------------------------------------
+
+
+def prompts_of_step(prompts, step, config):
+    """The P prompts of a step: one seeded permutation of the file after another, without a state to save."""
+    places = range(step * config.groups_per_step, (step + 1) * config.groups_per_step)
+    orders = {epoch: torch.randperm(len(prompts), generator=seeded(config.seed, "order", epoch))
+              for epoch in {place // len(prompts) for place in places}}
+    return [prompts[orders[place // len(prompts)][place % len(prompts)]] for place in places]
+
+
+def train_step(model, optimizer, reward, prompts, step, config):
+    """One step of Algorithm 1: rollout, rewards, advantages, update.  Returns the step's metrics."""
+    P, G = config.groups_per_step, config.group_size
+    updates_done = step * config.updates_per_rollout
+    policy = "old" if 0 < config.rollout_old_after <= updates_done else "current"
+    repeated = [prompt for prompt in prompts for _ in range(G)]
+    noise = torch.randn(P * G, *model.latent_shape, generator=seeded(config.seed, "rollout", step))  # [B, C, H, W]
+    clock = [time.monotonic()]
+    evaluations = -(-P * G // config.rollout_batch_size) * config.num_inference_steps
+    with tqdm(total=evaluations + config.updates_per_rollout, desc="rollout", leave=False, position=1) as bar:
+        x0, images = rollout(model, repeated, noise, config.num_inference_steps, policy, config, bar)
+        clock.append(time.monotonic())
+        rewards = reward(images, repeated, [{}] * len(images)).view(P, G)                          # [P, G]
+        clock.append(time.monotonic())
+        bar.set_description("update")
+        advantages = group_advantages(rewards, config.advantage_std).to(model.device)              # [P, G]
+        metrics = update(model, optimizer, x0.unflatten(0, (P, G)), prompts, advantages, config, step, bar)
+    clock.append(time.monotonic())
+    return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
+            **({"strict": (rewards >= 1).float().mean().item()} if reward.strict else {}),
+            "zero_groups": (advantages == 0).all(1).float().mean().item(), **metrics,
+            **{f"seconds_{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "reward", "update"))}}
+
+
+def train(config):
+    """Run Algorithm 1 from config to an exported LoRA; returns the output folder."""
+    config, reward, model, prompts, held_out = prepare(config)
+    folder = open_run(config)
+    optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
+                                  weight_decay=config.weight_decay)
+    progress = {"step": 0, "curve": [], "metrics_bytes": 0, "seconds": 0.0}
+    if config.resume and (folder / "checkpoint.safetensors").exists():
+        progress = load_checkpoint(folder / "checkpoint.safetensors", model, optimizer)
+    run, step = RunFolder(folder, progress), progress["step"]
+    describe(config, model, prompts, held_out)
+
+    def evaluation(policy):
+        rewards, images = evaluate(model, reward, held_out, config, policy)
+        return rewards, images, summarize(rewards, held_out, reward.strict)
+
+    before = after = evaluation("base")
+    if step == 0:
+        run.record_evaluation(0, before[2], before[1], held_out, before[0])
+    try:
+        with tqdm(total=config.steps, initial=step, desc="dgpo", position=0) as bar:
+            while step < config.steps:
+                metrics = train_step(model, optimizer, reward, prompts_of_step(prompts, step, config), step, config)
+                step += 1
+                run.log({"step": step, **metrics})
+                seconds = sum(metrics[f"seconds_{name}"] for name in ("rollout", "reward", "update"))
+                shown = {name: metrics[key] for name, key in (("reward", "reward_mean"), ("strict", "strict"),
+                                                              ("kl", "kl"), ("loss", "loss")) if key in metrics}
+                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()} | {
+                    "img/s": f"{config.groups_per_step * config.group_size / seconds:.0f}",
+                    "held-out": f"{run.curve[-1][1]:.3f}"})
+                bar.update()
+                if step % config.eval_every == 0 or step == config.steps:
+                    after = evaluation("ema")
+                    run.record_evaluation(step, after[2], after[1], held_out, after[0])
+                if step % config.save_every == 0 or step == config.steps:
+                    run.save(model, optimizer, step)
+    except (RewardError, KeyboardInterrupt):
+        run.save(model, optimizer, step)
+        raise
+    report(run, held_out, before, after, config, reward.strict)
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------
+# MAIN: from the command line to train() and from errors to sentences
+# ------------------------------------------------------------------------------------------------
+
+
+def prepare(config):
+    """Everything that can go wrong before the first file is written: (config, reward, model, prompts, held_out)."""
+    config.check()
+    heldout_beside = Path(config.prompt_file).with_name("heldout.txt")
+    config = dataclasses.replace(
+        config, device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        output_dir=config.output_dir or time.strftime("runs/%Y-%m-%d-%H%M%S"),
+        eval_prompt_file=config.eval_prompt_file or (str(heldout_beside) if heldout_beside.exists() else ""))
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU on this machine")
+    reward = load_reward(config.reward)
+    load_prompts(config.prompt_file)
+    model = SD3(config.model, config)
+    prompts = load_prompts(config.prompt_file, model)
+    if config.eval_prompt_file:
+        held_out = load_prompts(config.eval_prompt_file, model)
+    else:  # a tenth of the file, drawn once and for all, so that a resumed run holds out the same prompts
+        order = torch.randperm(len(prompts), generator=seeded("held out")).tolist()
+        share = max(1, min(100, len(prompts) // 10))
+        if len(prompts) < 2:
+            raise UserError("with a single prompt, give --eval-prompt-file: there is nothing to hold out")
+        held_out, prompts = [prompts[i] for i in order[:share]], [prompts[i] for i in order[share:]]
+    return config, reward, model, prompts, held_out[:config.eval_prompts or None]
+
+
+def describe(config, model, prompts, held_out):
+    """Print the arithmetic of a step, so that a surprising setting is seen before the run and not after it."""
+    images = config.groups_per_step * config.group_size
+    guided = 2 if config.guidance_scale > 1 else 1
+    passes = 1 + (config.clip_range > 0) + (2 if config.reference_guidance_scale > 1 else 1)
+    parameters = sum(t.numel() for t in model.lora.weights("current"))
+    print(f"{config.model} on {config.device}: {parameters / 1e6:.2f} M LoRA parameters in "
+          f"{len(model.lora.layers)} layers; {len(prompts)} training and {len(held_out)} held-out prompts\n"
+          f"a step: {config.groups_per_step} prompts x {config.group_size} images = {images} images, "
+          f"{images * config.num_inference_steps * guided} transformer evaluations to draw them, "
+          f"{images * config.timesteps_per_rollout} samples to train on in {config.updates_per_rollout} updates, "
+          f"{passes} forward and 1 backward pass each\nwriting to {config.output_dir}", flush=True)
+
+
+def report(run, held_out, before, after, config, strict):
+    """Write before_after.png and print the final table: score per category, before and after."""
+    n, k = min(12, len(held_out)), min(4, config.eval_images)
+    pictures = [image for i in range(n) for _, images, _ in (before, after)
+                for image in images[i * config.eval_images:][:k]]
+    pairs = torch.stack([before[0][:n, :k], after[0][:n, :k]], 1).flatten(0, 1)
+    captions = [f"{prompt} ({when})" for prompt in held_out[:n] for when in ("before", "after")]
+    image_grid(pictures, captions, pairs).save(run.folder / "before_after.png")
+    print(f"\n{'held-out ' + ('strict accuracy' if strict else 'reward'):28s}{'before':>10s}{'after':>10s}{'change':>10s}")
+    old, new = before[2], after[2]
+    for category, value in old["eval_categories"].items():
+        change = new["eval_categories"][category] - value
+        print(f"{category:28s}{value:10.3f}{value + change:10.3f}{change:+10.3f}")
+    print(f"{'all':28s}{old['eval_score']:10.3f}{new['eval_score']:10.3f}{new['eval_score'] - old['eval_score']:+10.3f}"
+          f"\nstandard error over prompts {old['eval_error']:10.3f}{new['eval_error']:10.3f}"
+          f"\nmean reward                 {old['eval_reward']:10.3f}{new['eval_reward']:10.3f}"
+          f"\n{run.seconds():.0f} s in all; LoRA, pictures and curve in {run.folder}")
+
+
+def parse_arguments(arguments=None):
+    """The command line as a Config: one flag per field."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(Config):
+        options = {"default": field.default, **field.metadata}
+        options |= {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return Config(**vars(parser.parse_args(arguments)))
+
+
+def main(arguments=None):
+    """The command line.  Exit codes: 0 done, 1 failed while running, 2 the user's to mend, 130 interrupted."""
+    config = parse_arguments(arguments)
+    try:
+        train(config)
+    except UserError as error:
+        return fail(error, 2)
+    except RewardError as error:
+        return fail(error, 2)
+    except OSError as error:
+        return fail(f"writing failed: {error.strerror or error} ({error.filename or config.output_dir})", 1)
+    except KeyboardInterrupt:
+        return fail("interrupted; the run is saved, --resume goes on with it", 130)
+    return 0
+
+
+def fail(message, code):
+    """Print one sentence to stderr and return the exit code."""
+    print(f"dgpo.py: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

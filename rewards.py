@@ -1,0 +1,316 @@
+"""Rewards for DGPO: every reward is a callable (images, prompts, metadata) -> one float per image.
+
+    reward = load_reward("shapes")                                   # a reward of this file
+    reward = load_reward("shapes:1.0,jpeg_compressibility:-0.01")    # a weighted sum
+    reward = load_reward("my_rewards.py:brightness")                 # a function of your own
+    scores = reward(images, prompts, metadata)                       # [B] float32, higher is better
+
+`images` is a list of PIL images, `prompts` a list of strings and `metadata` a list of dicts, all of length B.
+The embedded verifier `shapes` plays the part of GenEval's detector for the toy world of shapes/: it looks at the
+image and the prompt alone.  1.0 means that everything the prompt asks for is there and nothing else.
+"""
+
+import importlib.util
+import io
+import itertools
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------
+# The grammar of the embedded world: GenEval's six categories over six shapes and eight colours
+# ------------------------------------------------------------------------------------------------
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PALETTE = {
+    "red": (220, 40, 40), "orange": (245, 140, 20), "yellow": (240, 215, 30), "green": (40, 160, 60),
+    "blue": (40, 80, 220), "purple": (130, 50, 170), "pink": (245, 130, 190), "black": (25, 25, 25),
+}
+COUNTS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4}
+PREFIXES = ("", "a picture of ", "a drawing of ", "an image of ", "a sketch of ", "a painting of ", "a view of ")
+CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # GenEval's tags
+# A relation is where the first object lies as seen from the second, as a unit step (x to the right, y down).
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+_NOUN = rf"(?P<count>{'|'.join(COUNTS)}) (?:(?P<color>{'|'.join(PALETTE)}) )?(?P<shape>{'|'.join(SHAPES)}|crosse)s?"
+_PREFIX = re.compile("^(?:" + "|".join(p for p in PREFIXES if p) + ")")
+_JOINT = re.compile(r" (and|left of|right of|above|below) ")
+
+
+def parse_prompt(prompt):
+    """Read a prompt of the shapes grammar.
+
+    Returns a dict: `category` (one of CATEGORIES), `objects` (a list of (shape, color or None), one entry for every
+    object wanted) and `relation` (a key of RELATIONS, or None).  Raises ValueError for a prompt outside the grammar.
+    """
+    parts = _JOINT.split(_PREFIX.sub("", prompt.strip().lower()))
+    nouns = [re.fullmatch(_NOUN, part) for part in parts[::2]]
+    if len(nouns) > 2 or not all(nouns):
+        raise ValueError(f"{prompt!r} is not a sentence of the shapes grammar (see shapes/README.md)")
+    objects = [("cross" if n["shape"] == "crosse" else n["shape"], n["color"]) for n in nouns
+               for _ in range(COUNTS[n["count"]])]
+    relation = parts[1] if len(parts) == 3 and parts[1] != "and" else None
+    if len(nouns) == 1:
+        counted = nouns[0]["count"] not in ("a", "an")
+        category = "counting" if counted else "colors" if nouns[0]["color"] else "single_object"
+    elif relation:
+        category = "position"
+    else:
+        category = "color_attr" if any(color for _, color in objects) else "two_object"
+    return {"category": category, "objects": objects, "relation": relation}
+
+
+def prompt_category(prompt, metadata):
+    """The row of the final table a prompt belongs to: its `tag` (GenEval's files), its shapes category, or "all"."""
+    if "tag" in metadata:
+        return str(metadata["tag"])
+    try:
+        return parse_prompt(prompt)["category"]
+    except ValueError:
+        return "all"
+
+
+def shape_mask(shape, x, y, radius, size=32, supersample=4):
+    """Draw one anti-aliased shape: float32 coverage in [0, 1], [size, size].
+
+    `x`, `y` and `radius` are in pixels.  The radii of the six shapes are balanced to look equally large.
+    """
+    grid = (np.arange(size * supersample, dtype=np.float32) + 0.5) / supersample
+    u, v = (grid[None, :] - x) / radius, (grid[:, None] - y) / radius
+    rho = np.hypot(u, v)
+    if shape == "circle":
+        inside = rho < 0.95
+    elif shape == "ring":
+        inside = (rho < 1.0) & (rho > 0.52)
+    elif shape == "square":
+        inside = np.maximum(abs(u), abs(v)) < 0.82
+    elif shape == "triangle":
+        inside = (v < 0.75) & (v > -1.0 + 1.75 * abs(u))
+    elif shape == "cross":
+        inside = (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 0.98)
+    elif shape == "star":
+        # A star is five wedges; the edge runs from a tip (radius 1.15) to a notch (0.45), straight in the plane.
+        turn = 2 * math.pi / 5
+        angle = np.abs((np.arctan2(u, -v) + turn / 2) % turn - turn / 2)
+        tip, notch = 1.15, 0.45
+        px, py = rho * np.cos(angle), rho * np.sin(angle)
+        nx, ny = notch * math.cos(turn / 2), notch * math.sin(turn / 2)
+        inside = (px - tip) * ny - py * (nx - tip) < 0
+    else:
+        raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+    coverage = np.broadcast_to(inside, (size * supersample,) * 2).astype(np.float32)
+    return coverage.reshape(size, supersample, size, supersample).mean((1, 3))
+
+
+# ------------------------------------------------------------------------------------------------
+# The verifier: background, components, colour vote, shape templates
+# ------------------------------------------------------------------------------------------------
+
+_FOREGROUND = 0.30      # a pixel this far (RGB in [0, 1], Euclidean) from the background belongs to an object
+_MIN_AREA = 8.0         # pixels; smaller components are specks of the decoder
+_MIN_MATCH = 0.72       # soft overlap with the best template under which a blob is no shape
+_MAX_COLOR_ERROR = 0.28  # distance to the nearest palette colour over which a blob has no colour
+
+
+def _normalized_crops(alpha):
+    """Resample soft masks [N, H, W] to [N, 20, 20], centred on their centroid and scaled by their rms radius."""
+    n, h, w = alpha.shape
+    ys, xs = torch.arange(h) + 0.5, torch.arange(w) + 0.5
+    mass = alpha.sum((1, 2))
+    x, y = (alpha.sum(1) * xs).sum(1) / mass, (alpha.sum(2) * ys).sum(1) / mass
+    spread = (alpha.sum(1) * (xs - x[:, None]) ** 2).sum(1) + (alpha.sum(2) * (ys - y[:, None]) ** 2).sum(1)
+    radius = (spread / mass).sqrt()
+    step = torch.linspace(-2.0, 2.0, 20)
+    gx = (x[:, None] + radius[:, None] * step)[:, None, :].expand(n, 20, 20) * 2 / w - 1
+    gy = (y[:, None] + radius[:, None] * step)[:, :, None].expand(n, 20, 20) * 2 / h - 1
+    crops = F.grid_sample(alpha[:, None], torch.stack([gx, gy], -1), align_corners=False)[:, 0]
+    return crops, x, y, mass
+
+
+@lru_cache
+def _templates():
+    """One soft template per shape, averaged over sizes and sub-pixel offsets as in the pictures: [6, 20, 20]."""
+    placements = [(16 + dx, 16 + dy, r) for dx in (0.0, 0.5) for dy in (0.0, 0.5) for r in (4.2, 5.0, 6.0)]
+    masks = [[shape_mask(shape, *place) for place in placements] for shape in SHAPES]
+    crops = _normalized_crops(torch.from_numpy(np.array(masks)).flatten(0, 1))[0]
+    return crops.view(len(SHAPES), -1, 20, 20).mean(1)
+
+
+def detect_shapes(images):
+    """Find the objects in a batch of 32x32 pictures, uint8 RGB [B, 32, 32, 3].
+
+    Returns, for each image, a list of (shape or None, color or None, x, y) in pixels.  None stands for a blob that
+    looks like none of the six shapes or has none of the eight colours: it counts as an object, a wrong one.
+    """
+    rgb = torch.as_tensor(np.asarray(images), dtype=torch.float32) / 255                        # [B, 32, 32, 3]
+    border = torch.cat([rgb[:, 0], rgb[:, -1], rgb[:, :, 0], rgb[:, :, -1]], 1)
+    background = border.median(1).values[:, None, None]                                         # [B, 1, 1, 3]
+    distance = (rgb - background).norm(dim=-1)                                                  # [B, 32, 32]
+    foreground = distance > _FOREGROUND
+    # Connected components: every foreground pixel takes the largest pixel number it can reach.
+    labels = torch.arange(1, foreground[0].numel() + 1, dtype=torch.float32).view(1, 32, 32) * foreground
+    while True:
+        spread = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * foreground
+        if torch.equal(spread, labels):
+            break
+        labels = spread
+    # One row per component: (image, label); sorted by image because the key is image * 2048 + label.
+    keys = (torch.arange(len(rgb)).view(-1, 1, 1) * 2048 + labels.long())[foreground]
+    keys, areas = torch.unique(keys, return_counts=True)
+    keys = keys[areas >= _MIN_AREA]
+    found = [[] for _ in range(len(rgb))]
+    if len(keys) == 0:
+        return found
+    owner = keys // 2048
+    mask = labels[owner] == (keys % 2048).view(-1, 1, 1)                                        # [N, 32, 32]
+    # An object's colour is the mean of its pixels that differ most from the background: edges are mixtures.
+    strength = distance[owner] * mask
+    core = strength > 0.75 * strength.flatten(1).quantile(0.97, dim=1).view(-1, 1, 1).clamp(max=9.0)
+    core |= strength >= strength.amax((1, 2), keepdim=True)
+    color = (rgb[owner] * core[..., None]).sum((1, 2)) / core.sum((1, 2))[:, None]              # [N, 3]
+    palette = torch.tensor(list(PALETTE.values()), dtype=torch.float32) / 255
+    color_error, color_index = torch.cdist(color, palette).min(1)
+    # Coverage of a pixel: how far it has gone from the background to the object's colour.
+    toward = color[:, None, None] - background[owner]
+    alpha = ((rgb[owner] - background[owner]) * toward).sum(-1) / toward.pow(2).sum(-1)
+    near = F.max_pool2d(mask[:, None].float(), 3, 1, 1)[:, 0]
+    crops, x, y, _ = _normalized_crops(alpha.clamp(0, 1) * near + 1e-6 * mask)
+    low, high = (f(crops[:, None], _templates()[None]).sum((2, 3)) for f in (torch.minimum, torch.maximum))
+    match, shape_index = (low / high).max(1)
+    for i, image in enumerate(owner.tolist()):
+        shape = SHAPES[shape_index[i]] if match[i] >= _MIN_MATCH else None
+        name = list(PALETTE)[color_index[i]] if color_error[i] <= _MAX_COLOR_ERROR else None
+        found[image].append((shape, name, float(x[i]), float(y[i])))
+    return found
+
+
+def score_detections(wanted, found):
+    """Grade what was found in one image against `parse_prompt`'s answer: 1.0 if all is right, else in [0, 0.9].
+
+    The partial score is the mean of three shares: objects matched (shape and, if asked for, colour, half each, best
+    assignment), count, and relation (if asked for).
+    """
+    objects, n = wanted["objects"], len(found)
+
+    def agreement(want, have):
+        shape_ok = float(want[0] == have[0])
+        return shape_ok if want[1] is None else 0.5 * shape_ok + 0.5 * (want[1] == have[1])
+
+    best, best_order = 0.0, ()
+    # Surplus blobs cannot help; the largest scene has four objects, so trying every assignment is cheap.
+    for order in itertools.permutations(range(min(n, 6)), min(len(objects), n, 6)):
+        total = sum(agreement(objects[i], found[j]) for i, j in enumerate(order))
+        if total > best:
+            best, best_order = total, order
+    parts = [best / len(objects), 1.0 - min(1.0, abs(n - len(objects)) / len(objects))]
+    if wanted["relation"]:
+        right = 0.0
+        if len(best_order) == 2 and best == 2.0:
+            (_, _, ax, ay), (_, _, bx, by) = (found[j] for j in best_order)
+            sx, sy = RELATIONS[wanted["relation"]]
+            along, across = (ax - bx) * sx + (ay - by) * sy, abs((ax - bx) * sy) + abs((ay - by) * sx)
+            right = float(along > 2.0 and along > across)
+        parts.append(right)
+    score = sum(parts) / len(parts)
+    return 1.0 if score == 1.0 else min(0.9, score)
+
+
+def shapes(images, prompts, metadata):
+    """The embedded verifier: 1.0 where an image obeys its prompt, a graded score in [0, 0.9] where it does in part.
+
+    Images of any size are looked at in 32x32 RGB.  Raises ValueError for a prompt outside the grammar.
+    """
+    wanted = [parse_prompt(prompt) for prompt in prompts]
+    pixels = [np.asarray(image.convert("RGB").resize((32, 32)) if image.size != (32, 32) else image.convert("RGB"))
+              for image in images]
+    return torch.tensor([score_detections(w, f) for w, f in zip(wanted, detect_shapes(np.stack(pixels)))])
+
+
+# ------------------------------------------------------------------------------------------------
+# Rewards that need no model, and the way a reward is named on the command line
+# ------------------------------------------------------------------------------------------------
+
+
+class RewardError(Exception):
+    """A reward that cannot be loaded, raises, or returns something else than one finite number per image."""
+
+
+def jpeg_compressibility(images, prompts, metadata):
+    """Minus the size of each image as a JPEG of quality 95, in kilobytes (DDPO, arXiv 2305.13301)."""
+    return -jpeg_incompressibility(images, prompts, metadata)
+
+
+def jpeg_incompressibility(images, prompts, metadata):
+    """The size of each image as a JPEG of quality 95, in kilobytes (1000 bytes)."""
+    sizes = []
+    for image in images:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "JPEG", quality=95)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes)
+
+
+REWARDS = {f.__name__: f for f in (shapes, jpeg_compressibility, jpeg_incompressibility)}
+# Rewards under which a picture can be plainly right: for these the share of 1.0s is reported as strict accuracy.
+STRICT_REWARDS = {"shapes"}
+
+
+def load_function(name):
+    """A reward by its name: one of REWARDS, or `path/to/file.py:function`.  Raises RewardError."""
+    if name in REWARDS:
+        return REWARDS[name]
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise RewardError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}, or path/to/file.py:function")
+    if not Path(path).is_file():
+        raise RewardError(f"the reward file {path} does not exist")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file does wrong is the user's to read, in one sentence
+        raise RewardError(f"the reward file {path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise RewardError(f"the reward file {path} has no function {function!r}")
+    return getattr(module, function)
+
+
+def load_reward(spec):
+    """Turn `name`, `file.py:function` or a weighted sum `name:weight,name:weight` into one callable.
+
+    The callable takes (images: list of PIL images, prompts: list of str, metadata: list of dict), all of length B, and
+    returns float32 [B].  Its attribute `strict` says whether 1.0 means "all right".  Raises RewardError at once for a
+    name that is not known, and when called for a reward that raises, or returns a wrong length or a NaN.
+    """
+    terms = []
+    for item in spec.split(","):
+        name, _, weight = item.strip().rpartition(":")
+        try:
+            terms.append((name, float(weight), load_function(name)) if name else (weight, 1.0, load_function(weight)))
+        except ValueError:  # what follows the colon is no number, so it belongs to the name
+            terms.append((item.strip(), 1.0, load_function(item.strip())))
+
+    def reward(images, prompts, metadata):
+        total = torch.zeros(len(images))
+        for name, weight, function in terms:
+            try:
+                scores = torch.as_tensor(function(images, prompts, metadata), dtype=torch.float32).cpu()
+            except Exception as error:  # a reward is foreign code: name it, and let the caller save and stop
+                raise RewardError(f"the reward {name!r} raised {type(error).__name__}: {error} (first prompt of the "
+                                  f"batch: {prompts[0]!r})") from error
+            if scores.shape != (len(images),):
+                raise RewardError(f"the reward {name!r} returned shape {tuple(scores.shape)} for {len(images)} images "
+                                  f"(first prompt: {prompts[0]!r})")
+            if not scores.isfinite().all():
+                culprit = prompts[int((~scores.isfinite()).nonzero()[0])]
+                raise RewardError(f"the reward {name!r} returned a value that is not finite for {culprit!r}")
+            total += weight * scores
+        return total
+
+    reward.strict = len(terms) == 1 and terms[0][1] == 1.0 and terms[0][0] in STRICT_REWARDS
+    return reward

@@ -1,0 +1,314 @@
+"""Build the embedded text-to-image model from nothing: scenes, prompts, VAE, text encoders and flow transformer.
+
+    python shapes/train_base.py                       # writes shapes/model, shapes/prompts.txt, shapes/heldout.txt
+
+The result is an ordinary Stable Diffusion 3 pipeline in diffusers' format, only small: 32x32 pictures of flat shapes,
+8x8x4 latents, two 64-wide CLIP text encoders and no T5.  As with models trained on captions from the web, some of the
+captions are wrong (`CAPTION_NOISE`): the model can draw what the prompts say, but does not always do so, which is
+the state in which reinforcement learning finds a text-to-image model.  See shapes/README.md for scores and times.
+"""
+
+import argparse
+import copy
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from rewards import (CATEGORIES, COUNTS, PALETTE, PREFIXES, RELATIONS, SHAPES,  # noqa: E402
+                     parse_prompt, shape_mask, shapes)
+
+MAX_TOKENS = 10           # the longest sentence, "a red circle left of a green triangle", with its two end tokens
+MAX_SEQUENCE_LENGTH = 1   # the zero tokens that stand in for the missing T5; the pipeline's default would be 256
+# How often a scene of the category is drawn in pretraining: the hard ones more often.
+CATEGORY_WEIGHT = {"single_object": 0.06, "two_object": 0.18, "counting": 0.22, "colors": 0.08, "position": 0.26,
+                   "color_attr": 0.20}
+# Probability that a picture of the category contradicts its caption in one respect.
+CAPTION_NOISE = {"single_object": 0.05, "two_object": 0.35, "counting": 0.45, "colors": 0.15, "position": 0.5,
+                 "color_attr": 0.45}
+
+# ------------------------------------------------------------------------------------------------
+# Prompts
+# ------------------------------------------------------------------------------------------------
+
+
+def article(word):
+    return ("an " if word[0] in "aeiou" else "a ") + word
+
+
+def plural(word):
+    return word + ("es" if word.endswith("s") else "s")
+
+
+def grammar():
+    """Every sentence of the grammar, by category: dict of lists of strings."""
+    nouns = [f"{color} {shape}" for color in PALETTE for shape in SHAPES]
+    pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
+    colored = [(a, b) for a in nouns for b in nouns if a.split()[0] != b.split()[0] and a.split()[1] != b.split()[1]]
+    number = [word for word in COUNTS if word not in ("a", "an")]
+    counted = [f"one {noun}" for noun in [*SHAPES, *nouns]]
+    counted += [f"{n} {plural(noun)}" for n in number if n != "one" for noun in [*SHAPES, *nouns]]
+    return {
+        "single_object": [p + article(shape) for p in PREFIXES for shape in SHAPES],
+        "two_object": [f"{p}{article(a)} and {article(b)}" for p in PREFIXES for a, b in pairs],
+        "counting": counted,
+        "colors": [p + article(noun) for p in PREFIXES for noun in nouns],
+        "position": [f"{article(a)} {r} {article(b)}" for r in RELATIONS for a, b in [*pairs, *colored]],
+        "color_attr": [f"{article(a)} and {article(b)}" for a, b in colored],
+    }
+
+
+def write_prompts(folder, train_size=100, heldout_size=24):
+    """Split the grammar, seeded, into disjoint prompts.txt and heldout.txt; every category is in both."""
+    rng = random.Random(0)
+    train, heldout = [], []
+    for sentences in grammar().values():
+        sentences = rng.sample(sentences, len(sentences))
+        heldout.append(sentences[:heldout_size])
+        train.append(sentences[heldout_size:heldout_size + train_size])
+    for name, lists in (("prompts.txt", train), ("heldout.txt", heldout)):
+        # Held-out prompts go round the categories, so that any prefix of the file is a balanced sample.
+        lines = [s for row in zip(*lists) for s in row] if name == "heldout.txt" else sum(lists, [])
+        (folder / name).write_text("".join(line + "\n" for line in lines))
+
+
+# ------------------------------------------------------------------------------------------------
+# Scenes
+# ------------------------------------------------------------------------------------------------
+
+
+def contradict(wanted, rng):
+    """Change a parsed prompt in the one respect that its category is about: the picture of a wrong caption."""
+    objects, relation = list(wanted["objects"]), wanted["relation"]
+    category, (shape, color) = wanted["category"], objects[0]
+    other_color = rng.choice([c for c in PALETTE if all(c != have for _, have in objects)])
+    other_shape = rng.choice([s for s in SHAPES if all(s != have for have, _ in objects)])
+    if category == "single_object":
+        objects = [(other_shape, color)]
+    elif category == "colors":
+        objects = [(shape, other_color)]
+    elif category == "counting":
+        objects = [objects[0]] * rng.choice([n for n in (1, 2, 3, 4) if n != len(objects)])
+    elif category == "two_object":
+        objects = [objects[rng.randrange(2)]] if rng.random() < 0.5 else [objects[0], (other_shape, None)]
+    elif category == "color_attr":
+        (a, ca), (b, cb) = objects
+        objects = [(a, cb), (b, ca)] if rng.random() < 0.5 else [(a, ca), (b, other_color)]
+    else:
+        relation = rng.choice([r for r in RELATIONS if r != relation])
+    return {"category": category, "objects": objects, "relation": relation}
+
+
+def place(wanted, rng, size=32):
+    """Choose positions and radii for a parsed prompt's objects, apart from one another: list of (x, y, radius)."""
+    n = len(wanted["objects"])
+    low, high = {1: (5.0, 8.5), 2: (4.6, 6.5), 3: (4.3, 5.6), 4: (4.3, 5.2)}[n]
+    while True:
+        spots = []
+        for _ in range(n):
+            r = rng.uniform(low, high)
+            spots.append((rng.uniform(r + 2, size - r - 2), rng.uniform(r + 2, size - r - 2), r))
+        apart = all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) > a[2] + b[2] + 2.5
+                    for i, a in enumerate(spots) for b in spots[:i])
+        if apart and wanted["relation"]:
+            (ax, ay, _), (bx, by, _) = spots
+            sx, sy = RELATIONS[wanted["relation"]]
+            apart = (ax - bx) * sx + (ay - by) * sy > abs((ax - bx) * sy) + abs((ay - by) * sx) + 4
+        if apart:
+            return spots
+
+
+def render(wanted, rng, size=32):
+    """Draw a parsed prompt: uint8 RGB [size, size, 3].  Colours that the prompt leaves open are random."""
+    image = np.full((size, size, 3), rng.uniform(228, 250), np.float32) + np.array([rng.uniform(-5, 5) for _ in "rgb"])
+    free = rng.choice(list(PALETTE))   # several objects of one kind share a colour, as in "three squares"
+    for (shape, color), (x, y, radius) in zip(wanted["objects"], place(wanted, rng, size)):
+        if color is None:
+            color = free if wanted["category"] == "counting" else rng.choice(list(PALETTE))
+        tint = np.clip(np.array(PALETTE[color]) + [rng.uniform(-10, 10) for _ in "rgb"], 0, 255)
+        coverage = shape_mask(shape, x, y, radius, size)[..., None]
+        image = image * (1 - coverage) + tint * coverage
+    return image.round().clip(0, 255).astype(np.uint8)
+
+
+def scenes(count, seed, noise=None, exclude=()):
+    """Draw `count` scenes with their captions: (uint8 [count, 32, 32, 3], list of prompts)."""
+    rng, sentences = random.Random(seed), grammar()
+    images, prompts = np.empty((count, 32, 32, 3), np.uint8), []
+    while len(prompts) < count:
+        category = rng.choices(list(CATEGORY_WEIGHT), list(CATEGORY_WEIGHT.values()))[0]
+        prompt = rng.choice(sentences[category])
+        if prompt in exclude:
+            continue
+        wanted = parse_prompt(prompt)
+        if noise and rng.random() < noise[category]:
+            wanted = contradict(wanted, rng)
+        images[len(prompts)] = render(wanted, rng)
+        prompts.append(prompt)
+    return images, prompts
+
+
+# ------------------------------------------------------------------------------------------------
+# The parts of the pipeline, untrained
+# ------------------------------------------------------------------------------------------------
+
+
+def build_tokenizer():
+    """A closed-vocabulary CLIPTokenizer: byte-pair merges learned on the grammar's words until each is one token."""
+    words = sorted({word for sentences in grammar().values() for s in sentences for word in s.split()})
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False,
+                                  initial_alphabet=letters)
+    bpe.train_from_iterator(words, trainer)
+    import json
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    tokens = letters + [c + "</w>" for c in letters]
+    tokens += [a + b for a, b in merges if a + b not in tokens]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges=merges,
+                         model_max_length=MAX_TOKENS)
+
+
+def build_pipeline(width=128, layers=6):
+    """All modules with random weights, as one StableDiffusion3Pipeline in float32."""
+    tokenizer = build_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS, projection_dim=64, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64), down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=8,
+        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, layers_per_block=1, sample_size=32,
+        mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=32,
+        num_attention_heads=width // 32, joint_attention_dim=128, caption_projection_dim=width,
+        pooled_projection_dim=128, pos_embed_max_size=8, qk_norm="rms_norm")
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text), tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=copy.deepcopy(tokenizer),
+        text_encoder_3=None, tokenizer_3=None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+def to_unit(images):
+    """uint8 [B, 32, 32, 3] -> float [B, 3, 32, 32] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train_vae(vae, images, steps, batch=32, log=print):
+    """Reconstruct pictures through 8x8x4 latents; then set scaling_factor and shift_factor to whiten the latents."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
+    start = time.time()
+    for step in range(steps):
+        x = to_unit(images[np.random.randint(len(images), size=batch)])
+        posterior = vae.encode(x).latent_dist
+        error = vae.decode(posterior.sample()).sample - x
+        # The absolute error keeps edges sharp; the small KL keeps the latents smooth enough for a flow.
+        loss = error.abs().mean() + error.pow(2).mean() + 2e-3 * posterior.kl().mean() / 256
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0 or step == steps - 1:
+            log(f"vae {step:5d}  loss {loss.item():.4f}  {time.time() - start:.0f} s")
+    latents = encode_images(vae, images[:5000])
+    vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+
+
+@torch.no_grad()
+def encode_images(vae, images):
+    """uint8 [N, 32, 32, 3] -> raw latents [N, 4, 8, 8], before scaling."""
+    return torch.cat([vae.encode(to_unit(images[i:i + 256])).latent_dist.mean for i in range(0, len(images), 256)])
+
+
+def encode_text(pipe, token_ids):
+    """Token ids [B, MAX_TOKENS] -> what the pipeline feeds the transformer: ([B, MAX_TOKENS + 1, 128], [B, 128])."""
+    outs = [encoder(token_ids, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    tokens = torch.cat([out.hidden_states[-2] for out in outs], -1)
+    return F.pad(tokens, (0, 0, 0, MAX_SEQUENCE_LENGTH)), torch.cat([out.text_embeds for out in outs], -1)
+
+
+def tokenize(pipe, prompts):
+    """Strings -> int64 ids [B, MAX_TOKENS], padded and truncated as the pipeline does."""
+    return pipe.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True,
+                          return_tensors="pt").input_ids
+
+
+def train_flow(pipe, latents, token_ids, steps, learning_rate, seed, batch=64, ema_decay=0.998, log=print):
+    """Flow matching on (scaled latents [N, 4, 8, 8], token ids [N, MAX_TOKENS]); the EMA of the weights is kept.
+
+    x_t = (1 - sigma) x0 + sigma noise, target noise - x0.  One prompt in ten is replaced by "", for guidance.
+    Warm-up, constant, then a linear decay over the last third.
+    """
+    torch.manual_seed(seed)
+    modules = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
+    params = [p for module in modules for p in module.parameters()]
+    ema = [p.detach().clone() for p in params]
+    optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: min(1.0, (k + 1) / 100, max(0.02, 3 * (1 - k / steps))))
+    empty = tokenize(pipe, [""])
+    start, running = time.time(), 0.0
+    for step in range(steps):
+        rows = torch.randint(len(latents), (batch,))
+        x0, ids = latents[rows], torch.where(torch.rand(batch, 1) < 0.1, empty, token_ids[rows])
+        # Logit-normal and shifted towards noise: that is where number and place of the objects are decided.
+        sigma = torch.sigmoid(1.2 * torch.randn(batch) + 0.7)
+        noise = torch.randn_like(x0)
+        s = sigma.view(-1, 1, 1, 1)
+        tokens, pooled = encode_text(pipe, ids)
+        velocity = pipe.transformer((1 - s) * x0 + s * noise, tokens, pooled, sigma * 1000, return_dict=False)[0]
+        loss = F.mse_loss(velocity, noise - x0)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(ema, params, 1 - min(ema_decay, (1 + step) / (10 + step)))
+        running += (loss.item() - running) * 0.02
+        if step % 200 == 0 or step == steps - 1:
+            log(f"flow {step:5d}  loss {running:.4f}  {time.time() - start:.0f} s")
+    with torch.no_grad():
+        for p, average in zip(params, ema):
+            p.copy_(average)
+
+
+@torch.no_grad()
+def score(pipe, prompts, images_per_prompt=4, guidance_scale=3.0, steps=10):
+    """Draw with diffusers' own pipeline and verify: dict category -> (strict accuracy, mean graded score)."""
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [p for p in prompts for _ in range(images_per_prompt)]
+    images = []
+    for i in range(0, len(prompts), 96):
+        images += pipe(prompts[i:i + 96], num_inference_steps=steps, guidance_scale=guidance_scale, height=32, width=32,
+                       max_sequence_length=MAX_SEQUENCE_LENGTH, generator=torch.Generator().manual_seed(i)).images
+    scores = shapes(images, prompts, None)
+    category = [parse_prompt(p)["category"] for p in prompts]
+    table = {}
+    for name in CATEGORIES:
+        of = scores[[i for i, c in enumerate(category) if c == name]]
+        table[name] = ((of == 1).float().mean().item(), of.mean().item())
+    table["all"] = ((scores == 1).float().mean().item(), scores.mean().item())
+    return table
