@@ -24,7 +24,6 @@ Departures from the paper and from its authors' published settings:
 import argparse
 import dataclasses
 import json
-import math
 import os
 import random
 import sys
@@ -51,9 +50,15 @@ class UserError(Exception):
     """Something the user can put right; main() prints it as one sentence and exits with code 2."""
 
 
-def setting(default, help, **metadata):
-    """A field of Config with its --help text."""
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+def setting(default, help, low=1, high=10 ** 9, **argparse_options):
+    """A field of Config with its --help text and, for a number, the bounds of its values."""
+    options = {"help": help, **argparse_options}
+    return dataclasses.field(default=default, metadata={"bounds": (low, high), "argparse": options})
+
+
+def flag(name):
+    """A field's name as it is typed."""
+    return "--" + name.replace("_", "-")
 
 
 @dataclass
@@ -68,65 +73,55 @@ class Config:
     output_dir: str = setting("", "where everything is written (default: runs/<date-time>)")
     resume: bool = setting(False, "go on with the run in --output-dir")
     steps: int = setting(200, "training steps (one rollout of all groups each)")
-    seed: int = setting(0, "seed of LoRA, prompt order and noises")
+    seed: int = setting(0, "seed of LoRA, prompt order and noises", low=0)
     device: str = setting("", "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str = setting("float32", "dtype of the frozen model", choices=("float32", "bfloat16"))
     # Rollout
     groups_per_step: int = setting(8, "P, prompts a step (paper: 24)")
-    group_size: int = setting(12, "G, images a prompt (paper: 24)")
+    group_size: int = setting(12, "G, images a prompt (paper: 24)", low=2)
     num_inference_steps: int = setting(8, "solver steps of a rollout (paper: 10)")
     solver: str = setting("dpm++2m", "ODE solver of rollouts and evaluation", choices=("euler", "dpm++2m"))
-    guidance_scale: float = setting(3.0, "classifier-free guidance of rollouts and evaluation (paper: 4.5)")
-    shift: float = setting(3.0, "timestep shift of solver and training (paper: 3)")
-    resolution: int = setting(0, "image side in pixels, 0 for the model's own (paper: 512)")
-    max_sequence_length: int = setting(1, "T5 tokens; without a T5, the zero tokens in its place (paper: 256)")
-    rollout_old_after: int = setting(0, "updates after which rollouts use the old policy, 0 for never (paper: 200)")
+    guidance_scale: float = setting(3.0, "classifier-free guidance of rollouts and evaluation (paper: 4.5)", low=0)
+    shift: float = setting(3.0, "timestep shift of solver and training (paper: 3)", low=1e-3)
+    resolution: int = setting(0, "image side in pixels, 0 for the model's own (paper: 512)", low=0)
+    max_sequence_length: int = setting(1, "T5 tokens; without a T5, the zero tokens in its place (paper: 256)", low=0)
+    rollout_old_after: int = setting(0, "updates before rollouts use the old policy, 0: never (paper: 200)", low=0)
     # Objective
-    beta: float = setting(100.0, "strength of the preference inside the sigmoid (paper: 10 to 100)")
-    t_min: float = setting(0.3, "lowest timestep trained on, before the shift (paper: 0.3 to 0.4)")
+    beta: float = setting(100.0, "strength of the preference inside the sigmoid (paper: 10 to 100)", low=1e-6)
+    t_min: float = setting(0.3, "lowest timestep trained on, before the shift (paper: 0.3 to 0.4)", low=0, high=0.99)
     timesteps_per_rollout: int = setting(4, "M, timesteps trained on for each group (paper: 4)")
     updates_per_rollout: int = setting(4, "optimizer steps the M timesteps are split over (paper: 1)")
     advantage_std: str = setting("group", "standardise advantages within group or batch", choices=("group", "batch"))
-    clip_range: float = setting(0.01, "PPO-style clip of exp(old error - error), 0 for none (paper: 1e-3 to 1e-2)")
-    kl_weight: float = setting(0.01, "weight of mean (v - v_ref)^2 (paper: 1e-3 to 2e-2)")
-    reference_guidance_scale: float = setting(1.0, "guidance of the reference's velocity (paper: 1)")
-    reference_decay: float = setting(1.0, "EMA decay of the reference, an update; 1 keeps it frozen (paper: 1)")
-    old_decay: float = setting(0.5, "EMA decay of the old policy, an update (paper: 0.3)")
-    old_decay_ramp: float = setting(1.0, "the old policy's decay after k updates is at most k times this (paper: 0.001)")
+    clip_range: float = setting(0.01, "PPO-style clip of exp(old error - error), 0: none (paper: 1e-3..1e-2)", low=0)
+    kl_weight: float = setting(0.01, "weight of mean (v - v_ref)^2 (paper: 1e-3 to 2e-2)", low=0)
+    reference_guidance_scale: float = setting(1.0, "guidance of the reference's velocity (paper: 1)", low=0)
+    reference_decay: float = setting(1.0, "EMA decay of the reference, an update; 1: frozen (paper: 1)", low=0, high=1)
+    old_decay: float = setting(0.5, "EMA decay of the old policy, an update (paper: 0.3)", low=0, high=1)
+    old_decay_ramp: float = setting(1.0, "old_decay is at most this times the updates done (paper: 0.001)", low=0)
     # Optimisation
-    learning_rate: float = setting(7e-4, "AdamW's learning rate (paper: 3e-4)")
-    weight_decay: float = setting(1e-4, "AdamW's weight decay (paper: 1e-4)")
-    max_grad_norm: float = setting(1.0, "gradient-norm clipping (paper: 1)")
+    learning_rate: float = setting(7e-4, "AdamW's learning rate (paper: 3e-4)", low=0)
+    weight_decay: float = setting(1e-4, "AdamW's weight decay (paper: 1e-4)", low=0)
+    max_grad_norm: float = setting(1.0, "gradient-norm clipping (paper: 1)", low=0)
     lora_rank: int = setting(32, "LoRA rank; alpha is twice the rank (paper: 32 or 64)")
     lora_targets: str = setting("to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out",
                                 "name endings of the linear layers that get a LoRA")
-    ema_decay: float = setting(0.98, "EMA decay, an update, of the weights evaluated and exported (paper: 0.9 in 8)")
+    ema_decay: float = setting(0.98, "EMA decay, an update, of the exported weights (paper: 0.9 in 8)", low=0, high=1)
     # Compute
     rollout_batch_size: int = setting(256, "images sampled, encoded or decoded at once")
     train_batch_size: int = setting(96, "samples in one backward pass; does not change the gradient")
     # Evaluation and saving
     eval_every: int = setting(50, "steps between evaluations on held-out prompts")
-    eval_prompts: int = setting(0, "held-out prompts used, the first N of the file, 0 for all")
+    eval_prompts: int = setting(0, "held-out prompts used, the first N of the file, 0 for all", low=0)
     eval_images: int = setting(4, "images a held-out prompt, from noises that stay the same")
     eval_num_inference_steps: int = setting(10, "solver steps of evaluation (paper: 40)")
     save_every: int = setting(50, "steps between checkpoints")
 
     def check(self):
         """Refuse values that make no sense, each by name.  Raises UserError."""
-        for name, low in (("group_size", 2), ("groups_per_step", 1), ("steps", 1), ("num_inference_steps", 1),
-                          ("timesteps_per_rollout", 1), ("updates_per_rollout", 1), ("lora_rank", 1), ("eval_every", 1),
-                          ("eval_images", 1), ("eval_num_inference_steps", 1), ("save_every", 1), ("eval_prompts", 0),
-                          ("rollout_batch_size", 1), ("train_batch_size", 1), ("max_sequence_length", 0),
-                          ("clip_range", 0), ("kl_weight", 0), ("resolution", 0), ("rollout_old_after", 0),
-                          ("seed", 0), ("old_decay_ramp", 0), ("weight_decay", 0)):
-            if not getattr(self, name) >= low:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(self, name)}")
-        for name in ("beta", "learning_rate", "shift", "max_grad_norm", "guidance_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        for name in ("t_min", "old_decay", "ema_decay", "reference_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{name.replace('_', '-')} must lie between 0 and 1, not {getattr(self, name)}")
+        for field in dataclasses.fields(self):
+            value, (low, high) = getattr(self, field.name), field.metadata["bounds"]
+            if field.type in (int, float) and not low <= value <= high:
+                raise UserError(f"{flag(field.name)} must lie between {low:g} and {high:g}, not {value}")
         if self.timesteps_per_rollout % self.updates_per_rollout:
             raise UserError(f"--updates-per-rollout {self.updates_per_rollout} must divide "
                             f"--timesteps-per-rollout {self.timesteps_per_rollout}")
@@ -164,7 +159,7 @@ def sample_ode(velocity, noise, sigmas, solver="euler"):
     x0 = x - sigma v in lambda = log((1 - sigma) / sigma) (arXiv 2211.01095).  Both are deterministic.
     """
     x, last_x0, last_h = noise, None, None
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
         v = velocity(x, sigma)
         if solver == "euler":
             x = x + (next_sigma - sigma) * v
@@ -212,7 +207,7 @@ def dgpo_loss(error, ref_error, advantages, beta):
     """The DGPO objective (Eq. 17), divided by beta: a scalar, the mean over groups.
 
     error, ref_error, advantages: [P, G], the *mean* squared velocity errors of the current and the reference model.
-    Its gradient for error_i of a group is sigmoid(S) A_i / G (and 1/P from the mean): beta acts inside the sigmoid only.
+    Its gradient for error_i of a group is sigmoid(S) A_i / (G P): beta acts inside the sigmoid only.
     For G = 2 and advantages +1, -1 this is Diffusion-DPO with beta/2.
     """
     S = beta * (advantages * (error - ref_error)).mean(1)                                          # [P]
@@ -324,7 +319,14 @@ class SD3:
 
     def __init__(self, path, config):
         """Load `path`, a folder (then no hub is asked) or a hub id.  Raises UserError if it is not an SD3 pipeline."""
+        # Imported late, and quietly, so that --help and errors of the command line come at once.
+        from transformers.utils import logging as transformers_logging
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         from diffusers import StableDiffusion3Pipeline
+        from diffusers.utils import logging as diffusers_logging
+        diffusers_logging.set_verbosity_error()
+        diffusers_logging.disable_progress_bar()
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.max_sequence_length = config.max_sequence_length
         try:
@@ -421,7 +423,7 @@ def rollout(model, prompts, noise, num_steps, policy, config, bar=None):
     for i in range(0, len(prompts), config.rollout_batch_size):
         text = model.encode(prompts[i:i + config.rollout_batch_size])
 
-        def velocity(x, sigma):
+        def velocity(x, sigma, text=text):
             if bar is not None:
                 bar.update()
             return model.velocity(x, sigma, text, policy, config.guidance_scale)
@@ -447,6 +449,7 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
     always the whole group's.  Returns sums over rows: dict of floats.
     """
     group_size = advantages.shape[1]
+    parts = torch.arange(group_size).split(config.train_batch_size)
     tokens, pooled = model.encode(prompts)
     x_t, target = add_noise(x0, noise[:, None], sigma.view(-1, 1, 1, 1, 1))                        # [R, G, C, H, W]
 
@@ -456,22 +459,21 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
         v = model.velocity(x.flatten(0, 1), sigma[rows].repeat_interleave(n), text, policy, guidance_scale)
         return v.view(x.shape)
 
+    def whole(rows, policy, guidance_scale=1.0):                                                   # [r, G, C, H, W]
+        return torch.cat([velocity(rows, part, policy, guidance_scale) for part in parts], 1)
+
     def mean_squared(difference):                                                                  # [r, g]
         return difference.pow(2).mean((2, 3, 4))
 
     sums = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
-    parts = torch.arange(group_size).split(config.train_batch_size)
     for rows in torch.arange(len(x0)).split(max(1, config.train_batch_size // group_size)):
-        def whole(policy, guidance_scale=1.0):
-            return torch.cat([velocity(rows, part, policy, guidance_scale) for part in parts], 1)
-
         with torch.no_grad():
-            ref_velocity = whole("reference", config.reference_guidance_scale)
+            ref_velocity = whole(rows, "reference", config.reference_guidance_scale)
             ref_error = mean_squared(ref_velocity - target[rows])
             if config.clip_range:
-                old_error = mean_squared(whole("old") - target[rows])
+                old_error = mean_squared(whole(rows, "old") - target[rows])
             if len(parts) > 1:
-                group_error = mean_squared(whole("current") - target[rows])
+                group_error = mean_squared(whole(rows, "current") - target[rows])
         for part in parts:
             v = velocity(rows, part, "current")
             error = mean_squared(v - target[rows][:, part])                                        # [r, g]
@@ -606,7 +608,8 @@ def load_prompts(path, model=None):
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"the prompt file {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the prompt file {path} cannot be read: {reason}") from error
     prompts = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -671,7 +674,7 @@ def open_run(config):
         before = json.loads((folder / "config.json").read_text())
         for name, value in dataclasses.asdict(config).items():
             if name not in FREE_ON_RESUME and before.get(name, value) != value:
-                raise UserError(f"--{name.replace('_', '-')} is {value}, but the run in {folder} has {before[name]}")
+                raise UserError(f"{flag(name)} is {value}, but the run in {folder} has {before[name]}")
     elif config.resume:
         raise UserError(f"--resume: there is no run in {folder or '.'}")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -846,7 +849,8 @@ def report(run, held_out, before, after, config, strict):
     pairs = torch.stack([before[0][:n, :k], after[0][:n, :k]], 1).flatten(0, 1)
     captions = [f"{prompt} ({when})" for prompt in held_out[:n] for when in ("before", "after")]
     image_grid(pictures, captions, pairs).save(run.folder / "before_after.png")
-    print(f"\n{'held-out ' + ('strict accuracy' if strict else 'reward'):28s}{'before':>10s}{'after':>10s}{'change':>10s}")
+    label = "held-out " + ("strict accuracy" if strict else "reward")
+    print(f"\n{label:28s}{'before':>10s}{'after':>10s}{'change':>10s}")
     old, new = before[2], after[2]
     for category, value in old["eval_categories"].items():
         change = new["eval_categories"][category] - value
@@ -862,9 +866,8 @@ def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for field in dataclasses.fields(Config):
-        options = {"default": field.default, **field.metadata}
-        options |= {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        parser.add_argument(flag(field.name), default=field.default, **kind, **field.metadata["argparse"])
     return Config(**vars(parser.parse_args(arguments)))
 
 

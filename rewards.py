@@ -37,7 +37,8 @@ CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "
 # A relation is where the first object lies as seen from the second, as a unit step (x to the right, y down).
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
-_NOUN = rf"(?P<count>{'|'.join(COUNTS)}) (?:(?P<color>{'|'.join(PALETTE)}) )?(?P<shape>{'|'.join(SHAPES)}|crosse)s?"
+_NOUN = (rf"(?P<count>{'|'.join(COUNTS)}) (?:(?P<color>{'|'.join(PALETTE)}) )?"
+         rf"(?P<shape>{'|'.join(SHAPES)})(?P<plural>e?s)?")
 _PREFIX = re.compile("^(?:" + "|".join(p for p in PREFIXES if p) + ")")
 _JOINT = re.compile(r" (and|left of|right of|above|below) ")
 
@@ -50,10 +51,10 @@ def parse_prompt(prompt):
     """
     parts = _JOINT.split(_PREFIX.sub("", prompt.strip().lower()))
     nouns = [re.fullmatch(_NOUN, part) for part in parts[::2]]
-    if len(nouns) > 2 or not all(nouns):
+    # "two circle" and "a circles" are no sentences: number and ending have to agree.
+    if len(nouns) > 2 or not all(n and (COUNTS[n["count"]] > 1) == bool(n["plural"]) for n in nouns):
         raise ValueError(f"{prompt!r} is not a sentence of the shapes grammar (see shapes/README.md)")
-    objects = [("cross" if n["shape"] == "crosse" else n["shape"], n["color"]) for n in nouns
-               for _ in range(COUNTS[n["count"]])]
+    objects = [(n["shape"], n["color"]) for n in nouns for _ in range(COUNTS[n["count"]])]
     relation = parts[1] if len(parts) == 3 and parts[1] != "and" else None
     if len(nouns) == 1:
         counted = nouns[0]["count"] not in ("a", "an")

@@ -10,7 +10,8 @@ the state in which reinforcement learning finds a text-to-image model.  See shap
 
 import argparse
 import copy
-import math
+import itertools
+import json
 import random
 import sys
 import time
@@ -25,8 +26,17 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from rewards import (CATEGORIES, COUNTS, PALETTE, PREFIXES, RELATIONS, SHAPES,  # noqa: E402
-                     parse_prompt, shape_mask, shapes)
+from rewards import (  # noqa: E402
+    CATEGORIES,
+    COUNTS,
+    PALETTE,
+    PREFIXES,
+    RELATIONS,
+    SHAPES,
+    parse_prompt,
+    shape_mask,
+    shapes,
+)
 
 MAX_TOKENS = 10           # the longest sentence, "a red circle left of a green triangle", with its two end tokens
 MAX_SEQUENCE_LENGTH = 1   # the zero tokens that stand in for the missing T5; the pipeline's default would be 256
@@ -78,8 +88,8 @@ def write_prompts(folder, train_size=100, heldout_size=24):
         train.append(sentences[heldout_size:heldout_size + train_size])
     for name, lists in (("prompts.txt", train), ("heldout.txt", heldout)):
         # Held-out prompts go round the categories, so that any prefix of the file is a balanced sample.
-        lines = [s for row in zip(*lists) for s in row] if name == "heldout.txt" else sum(lists, [])
-        (folder / name).write_text("".join(line + "\n" for line in lines))
+        lines = zip(*lists) if name == "heldout.txt" else lists
+        (folder / name).write_text("".join(line + "\n" for line in itertools.chain(*lines)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -142,7 +152,11 @@ def render(wanted, rng, size=32):
 
 
 def scenes(count, seed, noise=None, exclude=()):
-    """Draw `count` scenes with their captions: (uint8 [count, 32, 32, 3], list of prompts)."""
+    """Draw `count` scenes with their captions: (uint8 [count, 32, 32, 3], list of prompts).
+
+    noise: None, or the probability, by category, that the picture contradicts its caption.
+    exclude: prompts never drawn (the held-out ones).
+    """
     rng, sentences = random.Random(seed), grammar()
     images, prompts = np.empty((count, 32, 32, 3), np.uint8), []
     while len(prompts) < count:
@@ -172,7 +186,6 @@ def build_tokenizer():
     trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False,
                                   initial_alphabet=letters)
     bpe.train_from_iterator(words, trainer)
-    import json
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     tokens = letters + [c + "</w>" for c in letters]
@@ -312,3 +325,42 @@ def score(pipe, prompts, images_per_prompt=4, guidance_scale=3.0, steps=10):
         table[name] = ((of == 1).float().mean().item(), of.mean().item())
     table["all"] = ((scores == 1).float().mean().item(), scores.mean().item())
     return table
+
+
+def save(pipe, folder):
+    """Write the pipeline: the transformer in float16 to keep the repository small, everything else in float32."""
+    pipe.save_pretrained(folder)
+    transformer = copy.deepcopy(pipe.transformer).half()
+    transformer.save_pretrained(Path(folder) / "transformer")
+
+
+def main():
+    """Everything from nothing: prompts, scenes, VAE, flow on right captions, then on captions as from the web."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output", default=str(HERE / "model"), help="folder for the pipeline")
+    output = parser.parse_args().output
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    start = time.time()
+    write_prompts(HERE)
+    held_out = (HERE / "heldout.txt").read_text().splitlines()
+    right, right_prompts = scenes(80_000, 1, exclude=set(held_out))
+    noisy, noisy_prompts = scenes(40_000, 2, CAPTION_NOISE, exclude=set(held_out))
+    print(f"scenes drawn  {time.time() - start:.0f} s", flush=True)
+    pipe = build_pipeline()
+    train_vae(pipe.vae, right, 1700)
+    scaling, shift = pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor
+    for images, prompts, steps, learning_rate, seed in (
+            (right, right_prompts, 7000, 1.2e-3, 1), (noisy, noisy_prompts, 2000, 5e-4, 2)):
+        latents = (encode_images(pipe.vae, images) - shift) * scaling
+        train_flow(pipe, latents, tokenize(pipe, prompts), steps, learning_rate, seed)
+    save(pipe, output)
+    pipe = StableDiffusion3Pipeline.from_pretrained(output, text_encoder_3=None, tokenizer_3=None)
+    for name, (strict, graded) in score(pipe, held_out).items():
+        print(f"{name:14s} strict {strict:.3f}  graded {graded:.3f}")
+    print(f"{time.time() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
