@@ -331,11 +331,11 @@ class SD3:
         self.max_sequence_length = config.max_sequence_length
         try:
             self.pipe = StableDiffusion3Pipeline.from_pretrained(
-                path, torch_dtype=self.dtype, local_files_only=os.path.isdir(path), **self.absent_modules(path))
+                path, dtype=self.dtype, local_files_only=os.path.isdir(path), **self.absent_modules(path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"--model {path} cannot be loaded as an SD3 pipeline: {reason}") from error
-        self.pipe.to(self.device)
+        self.pipe.to(self.device, self.dtype)
         self.vae, self.transformer = self.pipe.vae, self.pipe.transformer
         for module in (self.vae, self.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2):
             module.requires_grad_(False).eval()

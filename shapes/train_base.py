@@ -44,8 +44,8 @@ MAX_SEQUENCE_LENGTH = 1   # the zero tokens that stand in for the missing T5; th
 CATEGORY_WEIGHT = {"single_object": 0.06, "two_object": 0.18, "counting": 0.22, "colors": 0.08, "position": 0.26,
                    "color_attr": 0.20}
 # Probability that a picture of the category contradicts its caption in one respect.
-CAPTION_NOISE = {"single_object": 0.05, "two_object": 0.35, "counting": 0.45, "colors": 0.15, "position": 0.5,
-                 "color_attr": 0.45}
+CAPTION_NOISE = {"single_object": 0.05, "two_object": 0.4, "counting": 0.65, "colors": 0.25, "position": 0.65,
+                 "color_attr": 0.65}
 
 # ------------------------------------------------------------------------------------------------
 # Prompts

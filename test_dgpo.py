@@ -1,0 +1,780 @@
+"""What the method promises, one property a test, in the order of dgpo.py.
+
+    python -m pytest -q test_dgpo.py        # about two minutes on two CPU cores; needs pytest and peft besides
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from dgpo import (SD3, Config, accumulate_gradients, add_noise, clip_error, dgpo_loss, draw_timesteps, evaluate,
+                  group_advantages, load_prompts, main, ode_sigmas, parse_arguments, past_clip, prompts_of_step,
+                  rollout, sample_ode, shift_time, update)
+from rewards import CATEGORIES, RewardError, load_reward, parse_prompt, score_detections
+from rewards import shapes as verify
+from shapes.train_base import scenes
+
+torch.set_num_threads(int(os.environ.get("DEV_THREADS", 2)))
+
+ROOT = Path(__file__).resolve().parent
+MODEL = Path(os.environ.get("DEV_MODEL") or ROOT / "shapes/model")
+PROMPTS = ["a red circle", "three squares", "a star left of a ring", "a green cross and a blue triangle"]
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+def sd3(**settings):
+    """The embedded model, freshly loaded, and the settings it was loaded with."""
+    config = Config(model=str(MODEL), device="cpu", lora_rank=4, **settings)
+    return SD3(config.model, config), config
+
+
+def diffusers_pipeline():
+    """The same model as plain diffusers sees it."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(MODEL, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def randomize(model, policy, scale, number):
+    """Give a policy LoRA weights that matter; fresh ones are the identity, which would hide almost any mistake."""
+    generator = seed(number)
+    with torch.no_grad():
+        for t in model.lora.weights(policy):
+            t.copy_(scale * torch.randn(t.shape, generator=generator))
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images]).astype(int)
+
+
+# ------------------------------------------------------------------------------------------------
+# FLOW MATCHING
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm++2m"])
+def test_one_step_with_the_true_velocity_lands_on_the_data_from_any_noise_level(solver):
+    # Trainer (add_noise) and sampler must agree on the direction of time and on the sign of the velocity.
+    x0, noise = torch.randn(2, 5, 4, 8, 8, dtype=torch.float64, generator=seed(0))
+    for sigma in (0.01, 0.3, 0.7, 1.0):
+        x_t, velocity = add_noise(x0, noise, sigma)
+        landed = sample_ode(lambda x, s: velocity, x_t, torch.tensor([sigma, 0.0], dtype=torch.float64), solver)
+        torch.testing.assert_close(landed, x0)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("dpm++2m", 2)])
+def test_solvers_reach_their_order_of_convergence_on_a_gaussian(solver, order):
+    # x0 ~ N(mu, s^2): the marginal at sigma is N((1 - sigma) mu, var), and the flow keeps every point's z-score.
+    mu, s = 1.5, 0.9
+
+    def velocity(x, sigma):  # E[noise - x0 | x_sigma = x], by linear regression
+        var = ((1 - sigma) * s) ** 2 + sigma ** 2
+        return -mu + (sigma - (1 - sigma) * s ** 2) / var * (x - (1 - sigma) * mu)
+
+    def exact(sigma):
+        return (1 - sigma) * mu + (((1 - sigma) * s) ** 2 + sigma ** 2).sqrt() * z
+
+    z = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    # Away from the ends, as lambda = log((1 - sigma) / sigma), in which the steps have to be small, is infinite there.
+    errors = []
+    for steps in (64, 128, 256):
+        sigmas = shift_time(torch.linspace(0.9, 0.1, steps + 1, dtype=torch.float64), 3.0)
+        errors.append((sample_ode(velocity, exact(sigmas[0]), sigmas, solver) - exact(sigmas[-1])).abs().max())
+    for coarse, fine in itertools.pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+    # Over the whole way, from noise z to data mu + s z, both still arrive.
+    whole = sample_ode(velocity, z, shift_time(torch.linspace(1, 0, 513, dtype=torch.float64), 3.0), solver)
+    assert (whole - (mu + s * z)).abs().max() < {1: 1e-2, 2: 1e-3}[order]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 6.5])
+def test_shift_and_sigmas_are_those_of_diffusers(shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    torch.testing.assert_close(shift_time(torch.arange(1000, 0, -1) / 1000, shift), scheduler.sigmas)
+    for steps in (1, 2, 10, 40):
+        scheduler.set_timesteps(steps)
+        torch.testing.assert_close(ode_sigmas(steps, shift), scheduler.sigmas)
+
+
+def test_dpm_solver_is_that_of_diffusers():
+    sigmas, noise = ode_sigmas(10, 3.0), torch.randn(3, 4, generator=seed(1))
+
+    def velocity(x, sigma):
+        return torch.tanh(x) * (0.5 + sigma) - 1
+
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    scheduler.set_timesteps(10)
+    scheduler.sigmas = sigmas  # theirs start at the shifted 0.999; ours at 1, as the Euler scheduler's do
+    x = noise
+    for t, sigma in zip(scheduler.timesteps, sigmas):
+        x = scheduler.step(velocity(x, sigma), t, x).prev_sample
+    torch.testing.assert_close(sample_ode(velocity, noise, sigmas, "dpm++2m"), x)
+
+
+def test_timesteps_stay_above_t_min_and_fall_one_in_each_stratum():
+    t_min, shift, count = 0.3, 3.0, 4
+    t = draw_timesteps(2000, count, t_min, shift, seed(2))
+    assert t.shape == (2000, count)
+    assert shift_time(t_min, shift) <= t.min() and t.max() <= 1
+    u = (shift_time(t, 1 / shift) - t_min) / (1 - t_min)  # the shift undone: uniform in [0, 1]
+    strata = (u * count).long().clamp(max=count - 1)
+    assert torch.equal(strata.sort(1).values, torch.arange(count).expand(2000, count))
+    # In random order, so that an update on one column sees all noise levels; and uniform within the strata.
+    assert torch.bincount(strata[:, 0], minlength=count).min() > 400
+    assert u.mean().item() == pytest.approx(0.5, abs=0.01) and u.std().item() == pytest.approx(12 ** -0.5, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------
+# GROUP PREFERENCES
+# ------------------------------------------------------------------------------------------------
+
+
+def test_advantages_worked_by_hand():
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 4]])
+    by_hand = torch.tensor([[1.0, -1, -1, 1], [-3 ** -0.5, -3 ** -0.5, -3 ** -0.5, 3 ** 0.5]])
+    torch.testing.assert_close(group_advantages(rewards), by_hand, atol=1e-3, rtol=0)
+
+
+def test_batch_advantages_share_one_scale_and_keep_each_groups_mean():
+    rewards = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 4]])
+    std = (18 / 8 - (6 / 8) ** 2) ** 0.5
+    by_hand = torch.tensor([[0.5, -0.5, -0.5, 0.5], [-1, -1, -1, 3]]) / std
+    torch.testing.assert_close(group_advantages(rewards, "batch"), by_hand, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("std", ["group", "batch"])
+def test_advantages_of_a_group_sum_to_zero(std):
+    # Hence both sides of the preference weigh the same: sum of |A| over G+ equals that over G-.
+    advantages = group_advantages(torch.rand(50, 12, generator=seed(3)), std)
+    torch.testing.assert_close(advantages.sum(1), torch.zeros(50), atol=1e-5, rtol=0)
+    torch.testing.assert_close(advantages.clamp(min=0).sum(1), advantages.clamp(max=0).sum(1).abs())
+
+
+@pytest.mark.parametrize("std", ["group", "batch"])
+def test_advantages_ignore_an_affine_change_of_rewards(std):
+    rewards = torch.randn(50, 12, generator=seed(4))
+    torch.testing.assert_close(group_advantages(7 * rewards - 30, std), group_advantages(rewards, std),
+                               atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("std", ["group", "batch"])
+def test_equal_rewards_give_exactly_zero_advantage(std):
+    # The mean of n times 0.1 is not always 0.1, and a rounding error must not become a preference.
+    for size in range(2, 40):
+        rewards = torch.stack([torch.full((size,), 0.1), torch.rand(size, generator=seed(5))])
+        assert torch.equal(group_advantages(rewards, std)[0], torch.zeros(size))
+
+
+def test_advantages_are_clamped():
+    rewards = torch.zeros(2, 50)
+    rewards[0, 0], rewards[1, 0] = 1, -1   # one of fifty: sqrt(49) = 7 standard deviations out
+    advantages = group_advantages(rewards)
+    assert advantages[0, 0] == 5 and advantages[1, 0] == -5
+    assert group_advantages(rewards, max_advantage=10.0)[0, 0].item() == pytest.approx(7, abs=0.01)
+
+
+def loss_inputs(groups=3, size=6, dtype=torch.float64):
+    """Errors of the current and the reference model and advantages, [P, G] each."""
+    error, ref_error, rewards = torch.rand(3, groups, size, dtype=dtype, generator=seed(6))
+    return error, ref_error, group_advantages(rewards)
+
+
+@pytest.mark.parametrize("beta", [0.5, 10.0, 100.0])
+def test_loss_is_equation_17_written_out(beta):
+    error, ref_error, advantages = loss_inputs()
+    total = 0.0
+    for l_theta, l_ref, A in zip(error.tolist(), ref_error.tolist(), advantages.tolist()):
+        preferred = sum(abs(A[i]) * (l_theta[i] - l_ref[i]) for i in range(len(A)) if A[i] > 0)
+        rejected = sum(abs(A[i]) * (l_theta[i] - l_ref[i]) for i in range(len(A)) if A[i] <= 0)
+        S = beta * (preferred - rejected) / len(A)
+        total += -math.log(1 / (1 + math.exp(S)))   # -log sigmoid(-S)
+    # beta divides the loss, so that the size of the gradient does not depend on it
+    assert dgpo_loss(error, ref_error, advantages, beta).item() == pytest.approx(total / len(error) / beta)
+
+
+def test_loss_gradient_is_sigmoid_of_S_times_the_advantage():
+    beta, (error, ref_error, advantages) = 20.0, loss_inputs()
+    target = torch.randn(3, 6, 5, dtype=torch.float64, generator=seed(7))
+    velocity = (target + error.sqrt()[..., None]).requires_grad_()       # its mean squared error is `error`
+    dgpo_loss((velocity - target).pow(2).mean(-1), ref_error, advantages, beta).backward()
+    S = beta * (advantages * (error - ref_error)).sum(1, keepdim=True) / 6
+    weight = torch.sigmoid(S) * advantages / (3 * 6)                     # sigmoid(S) A_i / (P G)
+    torch.testing.assert_close(velocity.grad, weight[..., None] * 2 * (velocity - target).detach() / 5)
+
+
+@pytest.mark.parametrize("beta", [0.1, 10.0, 300.0])
+def test_loss_gradient_agrees_with_finite_differences(beta):
+    error, ref_error, advantages = loss_inputs()
+    assert torch.autograd.gradcheck(lambda e: dgpo_loss(e, ref_error, advantages, beta), error.requires_grad_())
+
+
+def test_loss_is_finite_at_any_beta_and_becomes_a_hinge_at_a_large_one():
+    error, ref_error, advantages = loss_inputs(groups=20, dtype=torch.float32)
+    for beta in (1e-3, 1.0, 1e3, 1e6):
+        e = error.clone().requires_grad_()
+        loss = dgpo_loss(e, ref_error, advantages, beta)
+        loss.backward()
+        assert loss.isfinite() and e.grad.isfinite().all()
+    hinge = (advantages * (error - ref_error)).mean(1).clamp(min=0).mean()
+    assert loss.item() == pytest.approx(hinge.item(), rel=1e-4)
+
+
+def test_loss_of_a_pair_is_diffusion_dpo():
+    beta, (error, ref_error, _) = 30.0, loss_inputs(size=2)
+    advantages = torch.tensor([[1.0, -1.0]] * 3, dtype=torch.float64)
+    (winner, loser), (ref_winner, ref_loser) = error.T, ref_error.T
+    dpo = -F.logsigmoid(-beta / 2 * ((winner - ref_winner) - (loser - ref_loser))).mean()
+    torch.testing.assert_close(dgpo_loss(error, ref_error, advantages, beta), dpo / beta)
+
+
+def test_a_constant_added_to_a_groups_errors_changes_nothing():
+    # The log-partition function of a prompt would be such a constant: it cancels because the A of a group sum to zero.
+    error, ref_error, advantages = loss_inputs()
+    constant = torch.tensor([[5.0], [-3.0], [100.0]], dtype=torch.float64)
+    moved = [e.requires_grad_() for e in (error.clone(), error + constant)]
+    losses = [dgpo_loss(e, ref_error, advantages, 10.0) for e in moved]
+    sum(losses).backward()
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(moved[0].grad, moved[1].grad)
+
+
+def test_clip_stops_the_samples_that_moved_too_far_their_own_way_and_keeps_all_values():
+    c, far, near = 0.1, 0.2, 0.05
+    # change of the error since the old policy, advantage, and whether the gradient stops
+    cases = [(-far, +2.0, True),    # preferred and already much better explained
+             (-near, +2.0, False),  # preferred, still within the range
+             (+far, +2.0, False),   # preferred but gone the wrong way: must come back
+             (+far, -1.0, True),    # rejected and already pushed far
+             (+near, -1.0, False),
+             (-far, -1.0, False),
+             (-math.log(1 + c) + 1e-6, +1.0, False), (-math.log(1 + c) - 1e-6, +1.0, True),   # at the very edge
+             (-math.log(1 - c) - 1e-6, -1.0, False), (-math.log(1 - c) + 1e-6, -1.0, True)]
+    change, advantages, stops = (torch.tensor([column], dtype=torch.float64) for column in zip(*cases))
+    old_error = torch.rand(1, len(cases), dtype=torch.float64, generator=seed(8)) + 0.5
+    error = (old_error + change).requires_grad_()
+    assert torch.equal(past_clip(error, old_error, advantages, c), stops.bool())
+    clipped = clip_error(error, old_error, advantages, c)
+    assert torch.equal(clipped, error)
+    clipped.sum().backward()
+    assert torch.equal(error.grad, 1 - stops)
+
+
+# ------------------------------------------------------------------------------------------------
+# LORA, POLICIES AND THE MODEL
+# ------------------------------------------------------------------------------------------------
+
+
+def velocities(model, policies):
+    """The policies' velocities at one fixed point: a list of [4, C, H, W]."""
+    x, sigma = torch.randn(4, *model.latent_shape, generator=seed(9)), torch.tensor([0.5, 0.6, 0.8, 1.0])
+    with torch.no_grad():
+        return [model.velocity(x, sigma, model.encode(PROMPTS), policy) for policy in policies]
+
+
+def update_inputs(model, groups=2, size=5):
+    """Latents [P, G, C, H, W], prompts and advantages [P, G] to train on; any latents will do."""
+    x0 = torch.randn(groups, size, *model.latent_shape, generator=seed(10))
+    return x0, PROMPTS[:groups], group_advantages(torch.rand(groups, size, generator=seed(11)))
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.lora.weights("current"), lr=1e-3)
+
+
+def test_every_policy_starts_as_the_base_model():
+    model, _ = sd3(reference_decay=0.9)
+    base, x = diffusers_pipeline().transformer, torch.randn(4, *model.latent_shape, generator=seed(9))
+    with torch.no_grad():
+        plain = base(x, *model.encode(PROMPTS), 1000 * torch.tensor([0.5, 0.6, 0.8, 1.0]), return_dict=False)[0]
+    for velocity in velocities(model, ["current", "old", "ema", "reference", "base"]):
+        assert torch.equal(velocity, plain)
+
+
+def test_training_moves_the_policies_apart_and_leaves_the_base_weights_bit_for_bit():
+    model, config = sd3(kl_weight=0.1)
+    policies = ["reference", "current", "old", "ema"]
+    before = velocities(model, policies)
+    for step in range(2):
+        update(model, adamw(model), *update_inputs(model), config, step)
+    after = velocities(model, policies)
+    assert torch.equal(after[0], before[0])   # the frozen reference
+    for a, b in itertools.combinations(after, 2):
+        assert (a - b).abs().max() > 1e-5
+    fresh, _ = sd3()
+    for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        for now, then in zip(getattr(model.pipe, part).parameters(), getattr(fresh.pipe, part).parameters(),
+                             strict=True):
+            assert torch.equal(now, then)
+
+
+def test_policies_follow_the_current_one_by_exponential_averages():
+    model, config = sd3(updates_per_rollout=1, old_decay=0.3, ema_decay=0.98, reference_decay=0.9)
+    start = [t.detach().clone() for t in model.lora.weights("current")]
+    update(model, adamw(model), *update_inputs(model), config, step=0)
+    # theta^- <- decay theta^- + (1 - decay) theta; the average for evaluation opens as (1 + k) / (10 + k)
+    for policy, decay in (("old", 0.3), ("ema", 2 / 11), ("reference", 0.9)):
+        for t, first, new in zip(model.lora.weights(policy), start, model.lora.weights("current")):
+            torch.testing.assert_close(t, decay * first + (1 - decay) * new)
+
+
+def test_a_bfloat16_model_keeps_its_lora_and_its_velocities_in_float32():
+    model, config = sd3(dtype="bfloat16")
+    update(model, adamw(model), *update_inputs(model), config, step=0)
+    assert model.transformer.dtype == torch.bfloat16
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in model.lora.weights("current"))
+    assert all(v.dtype == torch.float32 for v in velocities(model, ["current", "reference"]))
+
+
+def test_exported_lora_draws_the_same_images_in_plain_diffusers(tmp_path):
+    model, config = sd3(solver="euler", guidance_scale=3.0)
+    randomize(model, "ema", 0.1, 12)
+    model.lora.export(tmp_path)
+    noise = torch.randn(4, *model.latent_shape, generator=seed(13))
+    base, ours = (pixels(rollout(model, PROMPTS, noise, 6, policy, config)[1]) for policy in ("base", "ema"))
+    assert abs(ours - base).max() > 50   # the LoRA shows
+    pipe = diffusers_pipeline()
+    pipe.load_lora_weights(tmp_path)
+    theirs = pipe(PROMPTS, num_inference_steps=6, guidance_scale=3.0, latents=noise, height=32, width=32,
+                  max_sequence_length=1).images
+    assert abs(ours - pixels(theirs)).max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------
+# ROLLOUT AND UPDATE
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_an_euler_rollout_is_the_pipeline_of_diffusers(guidance_scale):
+    # In two batches, which must not show.
+    model, config = sd3(solver="euler", guidance_scale=guidance_scale, rollout_batch_size=3)
+    noise = torch.randn(4, *model.latent_shape, generator=seed(14))
+    x0, ours = rollout(model, PROMPTS, noise, 8, "current", config)
+    theirs = diffusers_pipeline()(PROMPTS, num_inference_steps=8, guidance_scale=guidance_scale, latents=noise,
+                                  height=32, width=32, max_sequence_length=1).images
+    assert x0.shape == noise.shape
+    assert abs(pixels(ours) - pixels(theirs)).max() <= 1
+
+
+def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch():
+    # Four rows (two groups at two timesteps), G = 5, one further row's worth counted but left out.
+    model, config = sd3(clip_range=0.01, kl_weight=0.5, beta=20.0, reference_guidance_scale=2.0)
+    randomize(model, "current", 0.05, 15)
+    randomize(model, "old", 0.05, 16)
+    x0, prompts, advantages = update_inputs(model)
+    x0, prompts, advantages = x0.repeat(2, 1, 1, 1, 1), prompts * 2, advantages.repeat(2, 1)
+    sigma, noise = torch.tensor([0.6, 0.7, 0.8, 0.95]), torch.randn(4, *model.latent_shape, generator=seed(17))
+
+    # The objective in one piece and from its definition.
+    x_t, target = add_noise(x0, noise[:, None], sigma.view(-1, 1, 1, 1, 1))
+    text = [t.repeat_interleave(5, 0) for t in model.encode(prompts)]
+    v, v_old, v_ref = (model.velocity(x_t.flatten(0, 1), sigma.repeat_interleave(5), text, policy, scale).view_as(x_t)
+                       for policy, scale in (("current", 1.0), ("old", 1.0), ("reference", 2.0)))
+    error, old_error, ref_error = ((u - target).pow(2).mean((2, 3, 4)) for u in (v, v_old, v_ref))
+    clipped = clip_error(error, old_error.detach(), advantages, config.clip_range)
+    loss, kl = dgpo_loss(clipped, ref_error.detach(), advantages, config.beta), (v - v_ref.detach()).pow(2).mean()
+    weights = model.lora.weights("current")
+    whole = torch.cat([g.flatten() for g in torch.autograd.grad((loss + config.kl_weight * kl) * 4 / 5, weights)])
+
+    for train_batch_size in (100, 10, 5, 3, 2, 1):   # all; two groups; one; and parts of one, dividing G or not
+        sums = accumulate_gradients(model, x0, prompts, advantages, sigma, noise,
+                                    dataclasses.replace(config, train_batch_size=train_batch_size), total_rows=5)
+        gradient = torch.cat([t.grad.flatten() for t in weights])
+        assert (gradient - whole).norm() < 1e-4 * whole.norm()
+        assert 0.1 < sums["clip_fraction"] / 4 < 0.9   # the clip takes part
+        assert sums["loss"] / 4 == pytest.approx(loss.item(), rel=1e-4)
+        assert sums["kl"] / 4 == pytest.approx(kl.item(), rel=1e-4)
+        for t in weights:
+            t.grad = None
+
+
+def test_groups_without_signal_add_no_gradient_to_the_loss():
+    # So leaving their rows out, with `total_rows` still counting them, is exact.
+    model, config = sd3(kl_weight=0.0)
+    randomize(model, "current", 0.05, 18)
+    x0, prompts, advantages = update_inputs(model)
+    advantages[1] = 0
+    sigma, noise, gradients = torch.tensor([0.6, 0.9]), torch.randn(2, *model.latent_shape, generator=seed(19)), []
+    for rows in (2, 1):
+        accumulate_gradients(model, x0[:rows], prompts[:rows], advantages[:rows], sigma[:rows], noise[:rows], config,
+                             total_rows=2)
+        gradients.append(torch.cat([t.grad.flatten() for t in model.lora.weights("current")]))
+        for t in model.lora.weights("current"):
+            t.grad = None
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(*gradients)
+
+
+def test_groups_without_signal_are_not_trained_on():
+    # With the KL term on, their images would matter if they were.
+    results = []
+    for other in (0.0, 1.0):
+        model, config = sd3(kl_weight=1.0)
+        randomize(model, "current", 0.05, 20)
+        x0, prompts, advantages = update_inputs(model)
+        advantages[1], x0[1] = 0, x0[1] + other
+        metrics = update(model, adamw(model), x0, prompts, advantages, config, step=0)
+        results.append((metrics, model.lora.weights("current")))
+    assert results[0][0] == results[1][0] and metrics["gradient_norm"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+    before = [t.detach().clone() for t in model.lora.weights("current")]
+    update(model, adamw(model), x0, prompts, torch.zeros_like(advantages), config, step=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.lora.weights("current")))
+
+
+def test_updates_favour_the_preferred_images():
+    # The sign of it all, on fresh noise: the error of preferred images falls relative to that of rejected ones.
+    model, config = sd3(clip_range=0.0, kl_weight=0.0)
+    x0, prompts, advantages = update_inputs(model)
+    optimizer = adamw(model)
+    for step in range(5):
+        update(model, optimizer, x0, prompts, advantages, config, step)
+    noise = torch.randn(x0[:, :1].shape, generator=seed(21))
+    x_t, target = add_noise(x0, noise, 0.8)
+    text = [t.repeat_interleave(5, 0) for t in model.encode(prompts)]
+    with torch.no_grad():
+        error, ref_error = ((model.velocity(x_t.flatten(0, 1), 0.8, text, policy).view_as(x_t) - target)
+                            .pow(2).mean((2, 3, 4)) for policy in ("current", "reference"))
+    assert ((advantages * (error - ref_error)).mean(1) < -1e-3).all()
+
+
+def test_evaluation_always_starts_from_the_same_noise():
+    model, config = sd3(eval_images=2, eval_num_inference_steps=3)
+    (first, images), (second, again) = (evaluate(model, load_reward("shapes"), PROMPTS, config, "ema") for _ in "ab")
+    assert first.shape == (4, 2) and torch.equal(first, second)
+    assert (pixels(images) == pixels(again)).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# REWARDS AND PROMPTS
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt, category, objects, relation", [
+    ("a star", "single_object", [("star", None)], None),
+    ("a picture of a circle and a cross", "two_object", [("circle", None), ("cross", None)], None),
+    ("three crosses", "counting", [("cross", None)] * 3, None),
+    ("one purple ring", "counting", [("ring", "purple")], None),
+    ("a view of an orange square", "colors", [("square", "orange")], None),
+    ("a star above a ring", "position", [("star", None), ("ring", None)], "above"),
+    ("a red star left of a pink ring", "position", [("star", "red"), ("ring", "pink")], "left of"),
+    ("a black star and a blue ring", "color_attr", [("star", "black"), ("ring", "blue")], None)])
+def test_prompts_are_read_as_the_grammar_says(prompt, category, objects, relation):
+    assert parse_prompt(prompt) == {"category": category, "objects": objects, "relation": relation}
+
+
+@pytest.mark.parametrize("prompt", ["", "a dog", "a red", "five circles", "a star above", "a a star",
+                                    "a star and a ring and a cross"])
+def test_prompts_outside_the_grammar_are_refused(prompt):
+    with pytest.raises(ValueError, match="grammar"):
+        parse_prompt(prompt)
+
+
+def test_prompt_files_are_disjoint_and_have_every_category():
+    train, heldout = (load_prompts(ROOT / "shapes" / name) for name in ("prompts.txt", "heldout.txt"))
+    assert not set(train) & set(heldout)
+    for prompts in (train, heldout):
+        assert {parse_prompt(prompt)["category"] for prompt in prompts} == set(CATEGORIES)
+
+
+def test_verifier_accepts_right_pictures_and_refuses_wrong_ones_in_every_category():
+    for noise, wanted in ((None, 1.0), (dict.fromkeys(CATEGORIES, 1.0), 0.0)):
+        images, prompts = scenes(1200, seed=22, noise=noise)
+        right = (verify([Image.fromarray(image) for image in images], prompts, None) == 1).float()
+        for category in CATEGORIES:
+            rows = [i for i, prompt in enumerate(prompts) if parse_prompt(prompt)["category"] == category]
+            assert len(rows) > 50
+            assert (right[rows] == wanted).float().mean() >= 0.98, (category, wanted)
+
+
+def test_verifier_scores_a_batch_as_it_scores_each_picture_alone():
+    images, prompts = scenes(60, seed=23, noise=dict.fromkeys(CATEGORIES, 0.5))
+    images = [Image.fromarray(image) for image in images]
+    alone = [verify([image], [prompt], None) for image, prompt in zip(images, prompts)]
+    assert torch.equal(verify(images, prompts, None), torch.cat(alone))
+
+
+def test_verifier_grades_a_half_right_picture_by_hand():
+    found = [("circle", "red", 8.0, 20.0), ("star", "blue", 24.0, 21.0)]
+
+    def score(prompt):
+        return score_detections(parse_prompt(prompt), found)
+
+    assert score("a red circle and a blue star") == 1.0
+    assert score("a circle left of a star") == 1.0
+    assert score("a red circle and a pink star") == pytest.approx((0.75 + 1) / 2)          # one colour in four marks
+    assert score("a circle") == pytest.approx((1 + 0) / 2)                                 # one object too many
+    assert score("four circles") == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert score("a circle right of a star") == pytest.approx((1 + 1 + 0) / 3)
+    assert score("a ring") == 0.0
+
+
+IMAGES = [Image.new("RGB", (32, 32), (level, level, level)) for level in (0, 100, 200)]
+
+
+def test_a_weighted_sum_of_rewards_and_a_reward_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def level(images, prompts, metadata):\n    return [i.getpixel((0, 0))[0] for i in images]\n")
+    scores = load_reward(f"{path}:level")(IMAGES, PROMPTS[:3], [{}] * 3)
+    assert scores.dtype == torch.float32 and scores.tolist() == [0, 100, 200]
+    total = load_reward(f"{path}:level:0.5,jpeg_compressibility:-2,jpeg_incompressibility")
+    sizes = load_reward("jpeg_incompressibility")(IMAGES, PROMPTS[:3], [{}] * 3)
+    torch.testing.assert_close(total(IMAGES, PROMPTS[:3], [{}] * 3), 0.5 * scores + 3 * sizes)
+    # Strict accuracy has a meaning only for a verifier on its own.
+    assert load_reward("shapes").strict and not load_reward("shapes:0.5").strict and not total.strict
+
+
+@pytest.mark.parametrize("body, sentence", [
+    ("return [0.0]", r"returned shape \(1,\) for 3 images"),
+    ("return 0.0", r"returned shape \(\) for 3 images"),
+    ("return [0.0, float('nan'), 0.0]", "not finite for 'three squares'"),
+    ("return ['good', 'bad', 'bad']", "raised .*'a red circle'"),
+    ("1 / 0", "raised ZeroDivisionError: division by zero .*'a red circle'")])
+def test_a_faulty_reward_is_named_with_a_prompt(tmp_path, body, sentence):
+    path = tmp_path / "faulty.py"
+    path.write_text(f"def score(images, prompts, metadata):\n    {body}\n")
+    with pytest.raises(RewardError, match=f"faulty.py:score.*{sentence}"):
+        load_reward(f"{path}:score")(IMAGES, PROMPTS[:3], [{}] * 3)
+
+
+def test_a_reward_that_cannot_be_loaded_is_named_at_once(tmp_path):
+    (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
+    (tmp_path / "empty.py").write_text("")
+    for spec, sentence in (("shape", "unknown reward 'shape'; known: shapes, jpeg_compressibility, jpeg_incompress"),
+                           ("shapes:1.0,pickscore:2", "unknown reward 'pickscore'"), ("", "unknown reward ''"),
+                           (f"{tmp_path}/absent.py:f", "absent.py does not exist"),
+                           (f"{tmp_path}/broken.py:f", "cannot be imported: ModuleNotFoundError"),
+                           (f"{tmp_path}/empty.py:f", "has no function 'f'")):
+        with pytest.raises(RewardError, match=re.escape(sentence)):
+            load_reward(spec)
+
+
+def test_jpeg_rewards_are_file_sizes_of_opposite_sign(tmp_path):
+    noisy = Image.fromarray(np.random.default_rng(24).integers(0, 256, (32, 32, 3), np.uint8))
+    noisy.save(tmp_path / "noisy.jpg", quality=95)
+    small, large = load_reward("jpeg_incompressibility")([IMAGES[0], noisy], PROMPTS[:2], [{}] * 2).tolist()
+    assert large == pytest.approx((tmp_path / "noisy.jpg").stat().st_size / 1000) and small < large
+    assert load_reward("jpeg_compressibility")([noisy], PROMPTS[:1], [{}]).item() == -large
+
+
+def test_every_prompt_is_drawn_once_before_any_is_drawn_again():
+    config, prompts = Config(groups_per_step=3), [f"prompt {i}" for i in range(10)]
+    drawn = [prompt for step in range(10) for prompt in prompts_of_step(prompts, step, config)]
+    epochs = [drawn[i:i + 10] for i in (0, 10, 20)]
+    assert all(sorted(epoch) == prompts for epoch in epochs) and epochs[0] != epochs[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# RUNS: files, resuming, training
+# ------------------------------------------------------------------------------------------------
+
+TINY = ("--lora-rank 4 --groups-per-step 2 --group-size 3 --num-inference-steps 2 --timesteps-per-rollout 2 "
+        "--updates-per-rollout 2 --eval-prompts 2 --eval-images 2 --eval-num-inference-steps 2").split()
+
+
+def run(folder, *flags):
+    """main() on the embedded job made tiny; returns the exit code."""
+    return main(["--model", str(MODEL), "--prompt-file", str(ROOT / "shapes/prompts.txt"), "--device", "cpu",
+                 "--output-dir", str(folder), *TINY, *map(str, flags)])
+
+
+def metrics_of(folder):
+    """The lines of metrics.jsonl without the times, which alone may differ between two runs."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]
+
+
+def test_a_run_writes_every_promised_file(tmp_path):
+    assert run(tmp_path / "run", "--steps", 2, "--eval-every", 1, "--group-size", 4) == 0
+    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == {"config.json", "metrics.jsonl", "samples/000000.png", "samples/000001.png", "samples/000002.png",
+                     "before_after.png", "reward.png", "checkpoint.safetensors", "lora/pytorch_lora_weights.safetensors"}
+    for name in files:
+        if name.endswith(".png"):
+            Image.open(tmp_path / "run" / name).load()
+    assert json.loads((tmp_path / "run/config.json").read_text())["group_size"] == 4
+    assert [(line["step"], "evaluation" in line) for line in metrics_of(tmp_path / "run")] == [
+        (0, True), (1, False), (1, True), (2, False), (2, True)]
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    # Every policy takes part: rollouts from the old one, and a moving reference.
+    flags = ["--eval-every", 2, "--save-every", 2, "--rollout-old-after", 2, "--reference-decay", 0.9]
+    assert run(straight, "--steps", 4, *flags) == 0
+    assert run(halves, "--steps", 2, *flags) == 0
+    with open(halves / "metrics.jsonl", "a") as file:   # a killed run has logged more than it has saved
+        file.write('{"step": 3}\n{"st')
+    assert run(halves, "--steps", 4, *flags, "--resume") == 0
+    assert metrics_of(straight) == metrics_of(halves)
+    for name in ("lora/pytorch_lora_weights.safetensors", "checkpoint.safetensors"):
+        a, b = load_file(straight / name), load_file(halves / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    # With nothing left to do, resuming compares the same two policies again.
+    assert run(halves, "--steps", 4, *flags, "--resume") == 0
+    for name in ("before_after.png", "lora/pytorch_lora_weights.safetensors"):
+        assert (straight / name).read_bytes() == (halves / name).read_bytes(), name
+    assert metrics_of(straight) == metrics_of(halves)
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path, capsys):
+    assert run(tmp_path, "--steps", 1) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for flags, sentence in (([], "holds another run; give --resume"),
+                            (["--resume", "--beta", 7], "--beta is 7.0, but the run in"),
+                            (["--resume", "--seed", 1], "--seed is 1, but the run in")):
+        capsys.readouterr()
+        assert run(tmp_path, "--steps", 1, *flags) == 2
+        assert sentence in refusal(capsys.readouterr().err)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"half a file")
+    assert run(tmp_path, "--steps", 2, "--resume") == 2
+    assert "checkpoint.safetensors cannot be read" in refusal(capsys.readouterr().err)
+    assert run(tmp_path / "elsewhere", "--resume") == 2
+    assert "there is no run in" in refusal(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("stop, code, sentence", [
+    ("ValueError('no more')", 2, "the reward '.*stops.py:score' raised ValueError: no more .*first prompt of the batch: '\\w"),
+    ("KeyboardInterrupt", 130, "interrupted; the run is saved")])
+def test_a_run_that_stops_midway_is_saved_and_can_go_on(tmp_path, capsys, stop, code, sentence):
+    # The reward is called for the evaluation before training, then once a step: it stops in the second step.
+    path, calm = tmp_path / "stops.py", "def score(images, prompts, metadata):\n    return [len(p) for p in prompts]\n"
+    path.write_text(f"calls = []\ndef score(images, prompts, metadata):\n    calls.append(1)\n    if len(calls) == 3:\n"
+                    f"        raise {stop}\n    return [i.getpixel((9, 9))[0] / 255 for i in images]\n")
+    flags = ["--steps", 3, "--reward", f"{path}:score"]
+    assert run(tmp_path / "run", *flags) == code
+    assert re.search(sentence, refusal(capsys.readouterr().err))
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1]
+    assert (tmp_path / "run/lora/pytorch_lora_weights.safetensors").exists()
+    path.write_text(calm)
+    assert run(tmp_path / "run", *flags, "--resume") == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 3]
+
+
+def test_training_raises_the_reward(tmp_path):
+    # One prompt of a kind that the base model often gets wrong.
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a star left of a ring\n")
+    steps, window = 30, 6
+    assert run(tmp_path / "run", "--prompt-file", prompts, "--eval-prompt-file", prompts, "--steps", steps,
+               "--groups-per-step", 1, "--group-size", 24, "--num-inference-steps", 6, "--timesteps-per-rollout", 4,
+               "--updates-per-rollout", 4, "--lora-rank", 16) == 0
+    rewards = np.array([line["reward_mean"] for line in metrics_of(tmp_path / "run") if "evaluation" not in line])
+    first, last = rewards[:window], rewards[-window:]
+    standard_error = ((first.var(ddof=1) + last.var(ddof=1)) / window) ** 0.5
+    assert last.mean() - first.mean() > 3 * standard_error
+
+
+# ------------------------------------------------------------------------------------------------
+# THE COMMAND LINE
+# ------------------------------------------------------------------------------------------------
+
+
+def refusal(stderr):
+    """The one sentence a failed command ends with, after its progress bars if it had begun."""
+    assert "Traceback" not in stderr and stderr.count("dgpo.py: error: ") == 1 and stderr.endswith("\n")
+    sentence = stderr.splitlines()[-1]
+    assert sentence.startswith("dgpo.py: error: ")
+    return sentence
+
+
+def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, capsys):
+    def write(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    empty, single = write("empty.txt", b"\n  \n"), write("single.txt", b"a star\n")
+    long = write("long.txt", b"a star\n\na red star left of a blue ring and a green cross\na ring\n")
+    write("other/model_index.json", b'{"_class_name": "FluxPipeline"}')
+    write("folder/config.json", b"{}")
+    (tmp_path / "hollow").mkdir()
+    write("hollow/model_index.json", b'{"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]}')
+    for flags, sentence in (
+            (["--prompt-file", tmp_path / "absent.txt"], "absent.txt cannot be read: No such file"),
+            (["--prompt-file", tmp_path], "cannot be read: Is a directory"),
+            (["--prompt-file", write("bytes.txt", b"a st\xffr\n")], "bytes.txt cannot be read"),
+            (["--prompt-file", empty], "empty.txt holds no prompt"),
+            (["--prompt-file", long], "long.txt, line 3: the prompt 'a red star left of"),
+            (["--prompt-file", single], "with a single prompt, give --eval-prompt-file"),
+            (["--eval-prompt-file", empty], "empty.txt holds no prompt"),
+            (["--reward", "pickscore"], "unknown reward 'pickscore'; known: shapes, "),
+            (["--group-size", 1], "--group-size must"),
+            (["--beta", "nan"], "--beta must"),
+            (["--updates-per-rollout", 3], "--updates-per-rollout 3 must divide"),
+            (["--lora-targets", "nothing"], "--lora-targets nothing"),
+            (["--model", tmp_path / "absent"], "absent cannot be loaded as an SD3 pipeline"),
+            (["--model", tmp_path / "folder"], "no readable model_index.json"),
+            (["--model", tmp_path / "other"], "other holds a FluxPipeline, not a StableDiffusion3Pipeline"),
+            (["--model", tmp_path / "hollow"], "hollow cannot be loaded as an SD3 pipeline")):
+        assert run(tmp_path / "run", *flags) == 2, flags
+        printed = capsys.readouterr().err
+        assert sentence in refusal(printed) and printed.count("\n") == 1
+    assert not (tmp_path / "run").exists()   # nothing is written before everything is checked
+
+
+def test_the_command_itself_prints_that_sentence_alone(tmp_path):
+    # In a process of its own, as typed; the second command has loaded the model before it can know.
+    long = tmp_path / "long.txt"
+    long.write_text("a red star left of a blue ring and a green cross\n")
+    for flags, sentence in ((["--device", "cuda"], "torch sees no GPU"),
+                            (["--device", "cpu", "--prompt-file", long], "long.txt, line 1: the prompt")):
+        done = subprocess.run(
+            [sys.executable, ROOT / "dgpo.py", "--model", MODEL, "--prompt-file", ROOT / "shapes/prompts.txt",
+             "--output-dir", tmp_path / "run", *flags], capture_output=True, text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        assert done.returncode == 2 and done.stdout == ""
+        assert sentence in refusal(done.stderr) and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------
+# README
+# ------------------------------------------------------------------------------------------------
+
+
+def readme_blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_every_command_of_the_readme_parses():
+    text = "".join(readme_blocks("bash")).replace("\\\n", " ")
+    commands = re.findall(r"python dgpo\.py.*", text)
+    assert commands
+    for command in commands:
+        arguments = shlex.split(command, comments=True)[2:]
+        if "--help" not in arguments:
+            parse_arguments(arguments).check()
+
+
+def test_the_readmes_loss_for_copying_runs():
+    blocks = [block for block in readme_blocks("python") if "dgpo_loss" in block]
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_key_of_the_metrics_is_explained_in_the_readme(tmp_path):
+    assert run(tmp_path, "--steps", 1) == 0
+    readme = (ROOT / "README.md").read_text()
+    keys = {key for line in (tmp_path / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert not [key for key in sorted(keys) if not re.search(rf'`"?{key}["`]', readme)]
