@@ -259,7 +259,8 @@ class LoRALinear(nn.Module):
         if self.active not in self.policies:
             return y
         down, up = self.policies[self.active]
-        return y + self.scale * F.linear(F.linear(x.to(down.dtype), down), up).to(y.dtype)
+        # The scale goes where the tensor is small.
+        return y + F.linear(F.linear(x.to(down.dtype), self.scale * down), up).to(y.dtype)
 
 
 class LoRA:
