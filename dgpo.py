@@ -72,7 +72,7 @@ class Config:
     reward: str = setting("shapes", "reward: NAME, file.py:function, or a sum NAME:weight,NAME:weight")
     output_dir: str = setting("", "where everything is written (default: runs/<date-time>)")
     resume: bool = setting(False, "go on with the run in --output-dir")
-    steps: int = setting(200, "training steps (one rollout of all groups each)")
+    steps: int = setting(150, "training steps (one rollout of all groups each)")
     seed: int = setting(0, "seed of LoRA, prompt order and noises", low=0)
     device: str = setting("", "cpu, cuda, ... (default: cuda if there is one)")
     dtype: str = setting("float32", "dtype of the frozen model", choices=("float32", "bfloat16"))
@@ -81,7 +81,7 @@ class Config:
     group_size: int = setting(12, "G, images a prompt (paper: 24)", low=2)
     num_inference_steps: int = setting(8, "solver steps of a rollout (paper: 10)")
     solver: str = setting("dpm++2m", "ODE solver of rollouts and evaluation", choices=("euler", "dpm++2m"))
-    guidance_scale: float = setting(3.0, "classifier-free guidance of rollouts and evaluation (paper: 4.5)", low=0)
+    guidance_scale: float = setting(1.0, "classifier-free guidance of rollouts and evaluation (paper: 4.5)", low=0)
     shift: float = setting(3.0, "timestep shift of solver and training (paper: 3)", low=1e-3)
     resolution: int = setting(0, "image side in pixels, 0 for the model's own (paper: 512)", low=0)
     max_sequence_length: int = setting(1, "T5 tokens; without a T5, the zero tokens in its place (paper: 256)", low=0)
@@ -95,11 +95,12 @@ class Config:
     clip_range: float = setting(0.01, "PPO-style clip of exp(old error - error), 0: none (paper: 1e-3..1e-2)", low=0)
     kl_weight: float = setting(0.01, "weight of mean (v - v_ref)^2 (paper: 1e-3 to 2e-2)", low=0)
     reference_guidance_scale: float = setting(1.0, "guidance of the reference's velocity (paper: 1)", low=0)
-    reference_decay: float = setting(1.0, "EMA decay of the reference, an update; 1: frozen (paper: 1)", low=0, high=1)
+    reference_decay: float = setting(0.99, "EMA decay of the reference, an update; 1: frozen (paper: 1)", low=0, high=1)
     old_decay: float = setting(0.5, "EMA decay of the old policy, an update (paper: 0.3)", low=0, high=1)
     old_decay_ramp: float = setting(1.0, "old_decay is at most this times the updates done (paper: 0.001)", low=0)
     # Optimisation
-    learning_rate: float = setting(7e-4, "AdamW's learning rate (paper: 3e-4)", low=0)
+    learning_rate: float = setting(7e-4, "AdamW's learning rate (paper: 3e-4, constant)", low=0)
+    learning_rate_decay: int = setting(200, "k steps in, the rate is divided by sqrt(1 + k / this), 0: constant", low=0)
     weight_decay: float = setting(1e-4, "AdamW's weight decay (paper: 1e-4)", low=0)
     max_grad_norm: float = setting(1.0, "gradient-norm clipping (paper: 1)", low=0)
     lora_rank: int = setting(32, "LoRA rank; alpha is twice the rank (paper: 32 or 64)")
@@ -500,7 +501,11 @@ def update(model, optimizer, x0, prompts, advantages, config, step, bar=None):
     generator = seeded(config.seed, "update", step)
     sigma = draw_timesteps(P, M, config.t_min, config.shift, generator).to(model.device)           # [P, M]
     noise = torch.randn(P, M, *x0.shape[2:], generator=generator).to(model.device)                 # [P, M, C, H, W]
-    useful = advantages.abs().sum(1).nonzero()[:, 0]
+    useful = advantages.abs().sum(1).nonzero()[:, 0].cpu()
+    if config.learning_rate_decay:
+        # A function of the step alone, not of --steps: a run can be made longer without having been another run.
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = config.learning_rate / (1 + step / config.learning_rate_decay) ** 0.5
     totals = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm"), 0.0)
     for k in range(steps if len(useful) else 0):
         columns = range(k * M // steps, (k + 1) * M // steps)
