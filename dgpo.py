@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -583,20 +583,19 @@ def curve_image(points, label, size=(640, 360), margin=48):
     """Draw (step, score) points as a line with axes: a PIL image."""
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
-    steps, scores = zip(*points)
-    low, high = min(scores), max(scores)
-    low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+    last, low, high = max(1, points[-1][0]), min(p[1] for p in points), max(p[1] for p in points)
+    height = high - low or 1.0
 
     def place(step, score):
-        x = margin + (size[0] - 2 * margin) * step / max(1, max(steps))
-        return x, size[1] - margin - (size[1] - 2 * margin) * (score - low) / (high - low)
+        return (margin + (size[0] - 2 * margin) * step / last,
+                size[1] - margin - (size[1] - 2 * margin) * (score - low) / height)
 
+    draw.text((margin, 14), f"{label} against training steps", fill="black")
     for k in range(5):
-        score, step = low + (high - low) * k / 4, max(steps) * k / 4
-        draw.line([place(0, score), place(max(steps), score)], fill="#dddddd")
+        score, step = low + height * k / 4, last * k / 4
+        draw.line([place(0, score), place(last, score)], fill="#dddddd")
         draw.text((4, place(0, score)[1] - 6), f"{score:.3f}", fill="black")
         draw.text((place(step, low)[0] - 8, size[1] - margin + 6), f"{step:.0f}", fill="black")
-    draw.text((margin, 14), f"{label} against training steps", fill="black")
     path = [place(*point) for point in points]
     draw.line(path, fill="#1f5fbf", width=2)
     for x, y in path:
@@ -775,7 +774,8 @@ def train(config):
         rewards, images = evaluate(model, reward, held_out, config, policy)
         return rewards, images, summarize(rewards, held_out, reward.strict)
 
-    before = after = evaluation("base")
+    before = evaluation("base")
+    after = evaluation("ema") if step else before
     if step == 0:
         run.record_evaluation(0, before[2], before[1], held_out, before[0])
     try:
@@ -878,16 +878,15 @@ def parse_arguments(arguments=None):
 
 
 def main(arguments=None):
-    """The command line.  Exit codes: 0 done, 1 failed while running, 2 the user's to mend, 130 interrupted."""
+    """The command line.  Exit codes: 0 done, 1 cannot write, 2 a setting or a reward to mend, 130 interrupted."""
     config = parse_arguments(arguments)
     try:
         train(config)
-    except UserError as error:
+    except (UserError, RewardError) as error:
         return fail(error, 2)
-    except RewardError as error:
-        return fail(error, 2)
-    except OSError as error:
-        return fail(f"writing failed: {error.strerror or error} ({error.filename or config.output_dir})", 1)
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        place = getattr(error, "filename", None) or config.output_dir or "runs"
+        return fail(f"writing to {place} failed: {getattr(error, 'strerror', None) or error}", 1)
     except KeyboardInterrupt:
         return fail("interrupted; the run is saved, --resume goes on with it", 130)
     return 0
