@@ -334,7 +334,9 @@ class SD3:
         try:
             self.pipe = StableDiffusion3Pipeline.from_pretrained(
                 path, dtype=self.dtype, local_files_only=os.path.isdir(path), **self.absent_modules(path))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a folder can be wrong in many ways, and diffusers has an exception for each
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"--model {path} cannot be loaded as an SD3 pipeline: {reason}") from error
         self.pipe.to(self.device, self.dtype)
@@ -547,20 +549,15 @@ def evaluate(model, reward, prompts, config, policy):
     return reward(images, repeated, [{}] * len(images)).view(len(prompts), -1), images
 
 
-def mean_and_error(values):
-    """Mean and its standard error over prompts: values [N, K] -> two floats."""
-    per_prompt = values.mean(1)
-    return per_prompt.mean().item(), per_prompt.std(correction=0).item() / max(1, len(values) - 1) ** 0.5
-
-
 def summarize(rewards, prompts, strict):
-    """Evaluation metrics of rewards [N, K]: dict with reward, strict accuracy, their errors, and per category."""
-    values = (rewards >= 1).float() if strict else rewards
-    score, error = mean_and_error(values)
+    """Evaluation metrics of rewards [N, K]: mean reward, score (strict accuracy if there is one) with its standard
+    error over prompts, and the score of each category."""
+    score = ((rewards >= 1).float() if strict else rewards).mean(1)                                # [N]
     categories = [prompt_category(prompt, {}) for prompt in prompts]
-    table = {c: values[[i for i, have in enumerate(categories) if have == c]].mean().item()
-             for c in dict.fromkeys(categories)}
-    return {"eval_reward": rewards.mean().item(), "eval_score": score, "eval_error": error, "eval_categories": table}
+    return {"eval_reward": rewards.mean().item(), "eval_score": score.mean().item(),
+            "eval_error": score.std(correction=0).item() / max(1, len(score) - 1) ** 0.5,
+            "eval_categories": {c: score[[c == have for have in categories]].mean().item()
+                                for c in dict.fromkeys(categories)}}
 
 
 def image_grid(images, prompts, rewards, columns=2, tile=96):
@@ -811,13 +808,17 @@ def train(config):
 def prepare(config):
     """Everything that can go wrong before the first file is written: (config, reward, model, prompts, held_out)."""
     config.check()
-    heldout_beside = Path(config.prompt_file).with_name("heldout.txt")
+    heldout_beside = Path(config.prompt_file).parent / "heldout.txt"
     config = dataclasses.replace(
         config, device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         output_dir=config.output_dir or time.strftime("runs/%Y-%m-%d-%H%M%S"),
         eval_prompt_file=config.eval_prompt_file or (str(heldout_beside) if heldout_beside.exists() else ""))
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU on this machine")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
     reward = load_reward(config.reward)
     load_prompts(config.prompt_file)
     model = SD3(config.model, config)
@@ -836,15 +837,13 @@ def prepare(config):
 def describe(config, model, prompts, held_out):
     """Print the arithmetic of a step, so that a surprising setting is seen before the run and not after it."""
     images = config.groups_per_step * config.group_size
-    guided = 2 if config.guidance_scale > 1 else 1
-    passes = 1 + (config.clip_range > 0) + (2 if config.reference_guidance_scale > 1 else 1)
+    evaluations = images * config.num_inference_steps * (2 if config.guidance_scale > 1 else 1)
     parameters = sum(t.numel() for t in model.lora.weights("current"))
     print(f"{config.model} on {config.device}: {parameters / 1e6:.2f} M LoRA parameters in "
           f"{len(model.lora.layers)} layers; {len(prompts)} training and {len(held_out)} held-out prompts\n"
-          f"a step: {config.groups_per_step} prompts x {config.group_size} images = {images} images, "
-          f"{images * config.num_inference_steps * guided} transformer evaluations to draw them, "
-          f"{images * config.timesteps_per_rollout} samples to train on in {config.updates_per_rollout} updates, "
-          f"{passes} forward and 1 backward pass each\nwriting to {config.output_dir}", flush=True)
+          f"a step: {config.groups_per_step} prompts x {config.group_size} images = {images} images from {evaluations} "
+          f"transformer evaluations; {images * config.timesteps_per_rollout} samples to train on in "
+          f"{config.updates_per_rollout} updates\nwriting to {config.output_dir}", flush=True)
 
 
 def report(run, held_out, before, after, config, strict):
