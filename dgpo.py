@@ -93,7 +93,7 @@ class Config:
     updates_per_rollout: int = setting(4, "optimizer steps the M timesteps are split over (paper: 1)")
     advantage_std: str = setting("group", "standardise advantages within group or batch", choices=("group", "batch"))
     clip_range: float = setting(0.01, "PPO-style clip of exp(old error - error), 0: none (paper: 1e-3..1e-2)", low=0)
-    kl_weight: float = setting(0.01, "weight of mean (v - v_ref)^2 (paper: 1e-3 to 2e-2)", low=0)
+    kl_weight: float = setting(0.01, "weight of mean (v - v_frozen)^2 (paper: 1e-3 to 2e-2)", low=0)
     reference_guidance_scale: float = setting(1.0, "guidance of the reference's velocity (paper: 1)", low=0)
     reference_decay: float = setting(0.99, "EMA decay of the reference, an update; 1: frozen (paper: 1)", low=0, high=1)
     old_decay: float = setting(0.5, "EMA decay of the old policy, an update (paper: 0.3)", low=0, high=1)
@@ -384,7 +384,8 @@ class SD3:
     def velocity(self, x, sigma, text, policy, guidance_scale=1.0):
         """The policy's velocity at x [B, C, H, W], sigma (a number, 0-d or [B]) -> float32 [B, C, H, W].
 
-        policy: "reference", "old", "current" or "ema".  guidance_scale > 1: v("") + scale (v(prompt) - v("")).
+        policy: "reference", "old", "current", "ema", or "base" for the frozen model.
+        guidance_scale > 1: v("") + scale (v(prompt) - v("")).
         """
         self.lora.select(policy)
         tokens, pooled = text
@@ -472,7 +473,9 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
     sums = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
     for rows in torch.arange(len(x0)).split(max(1, config.train_batch_size // group_size)):
         with torch.no_grad():
-            ref_velocity = whole(rows, "reference", config.reference_guidance_scale)
+            base_velocity = ref_velocity = whole(rows, "base", config.reference_guidance_scale)
+            if config.reference_decay < 1:
+                ref_velocity = whole(rows, "reference", config.reference_guidance_scale)
             ref_error = mean_squared(ref_velocity - target[rows])
             if config.clip_range:
                 old_error = mean_squared(whole(rows, "old") - target[rows])
@@ -481,7 +484,8 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
         for part in parts:
             v = velocity(rows, part, "current")
             error = mean_squared(v - target[rows][:, part])                                        # [r, g]
-            kl = mean_squared(v - ref_velocity[:, part])                                           # [r, g]
+            # To the frozen model even where the reference of S moves: without an anchor, all errors drift upwards.
+            kl = mean_squared(v - base_velocity[:, part])                                          # [r, g]
             if len(parts) > 1:
                 error = group_error.index_copy(1, part.to(error.device), error)                    # [r, G]
             live = error
