@@ -41,6 +41,7 @@ from dgpo import (
     rollout,
     sample_ode,
     shift_time,
+    summarize,
     update,
 )
 from rewards import CATEGORIES, RewardError, load_reward, parse_prompt, score_detections
@@ -475,11 +476,30 @@ def test_updates_favour_the_preferred_images():
     assert ((advantages * (error - ref_error)).mean(1) < -1e-3).all()
 
 
+def test_the_learning_rate_falls_with_the_square_root_of_the_step():
+    model, config = sd3(learning_rate=1e-3, learning_rate_decay=200)
+    optimizer = adamw(model)
+    for step, rate in ((0, 1e-3), (600, 0.5e-3)):
+        update(model, optimizer, *update_inputs(model), config, step)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
 def test_evaluation_always_starts_from_the_same_noise():
     model, config = sd3(eval_images=2, eval_num_inference_steps=3)
     (first, images), (second, again) = (evaluate(model, load_reward("shapes"), PROMPTS, config, "ema") for _ in "ab")
     assert first.shape == (4, 2) and torch.equal(first, second)
     assert (pixels(images) == pixels(again)).all()
+
+
+def test_evaluation_counts_right_pictures_and_takes_its_error_over_prompts():
+    rewards = torch.tensor([[1.0, 1.0], [1.0, 0.5], [0.0, 0.5], [0.9, 0.9]])   # [N, K]
+    summary = summarize(rewards, ["a star", "a ring", "two rings", "a star and a ring"], strict=True)
+    assert summary["eval_reward"] == pytest.approx(5.8 / 8)
+    assert summary["eval_score"] == pytest.approx(3 / 8)
+    # The shares of right pictures, 1, 1/2, 0 and 0, spread with a variance of 11/48 about their mean.
+    assert summary["eval_error"] == pytest.approx((11 / 48 / 4) ** 0.5)
+    assert summary["eval_categories"] == pytest.approx({"single_object": 0.75, "counting": 0.0, "two_object": 0.0})
+    assert summarize(rewards, PROMPTS, strict=False)["eval_score"] == pytest.approx(5.8 / 8)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -693,13 +713,16 @@ def test_a_run_that_stops_midway_is_saved_and_can_go_on(tmp_path, capsys, stop, 
 
 
 def test_training_raises_the_reward(tmp_path):
-    # One prompt of a kind that the base model often gets wrong.
+    # The defaults on four prompts that the base model often gets wrong; every step draws all four.
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a star left of a ring\n")
+    prompts.write_text("a star and a triangle\nfour red squares\na purple square left of a pink cross\n"
+                       "an orange cross and a black triangle\n")
     steps, window = 30, 6
+    defaults = Config()
     assert run(tmp_path / "run", "--prompt-file", prompts, "--eval-prompt-file", prompts, "--steps", steps,
-               "--groups-per-step", 1, "--group-size", 24, "--num-inference-steps", 6, "--timesteps-per-rollout", 4,
-               "--updates-per-rollout", 4, "--lora-rank", 16) == 0
+               "--groups-per-step", 4, "--group-size", defaults.group_size, "--num-inference-steps", 6,
+               "--timesteps-per-rollout", defaults.timesteps_per_rollout, "--updates-per-rollout",
+               defaults.updates_per_rollout, "--lora-rank", defaults.lora_rank) == 0
     rewards = np.array([line["reward_mean"] for line in metrics_of(tmp_path / "run") if "evaluation" not in line])
     first, last = rewards[:window], rewards[-window:]
     standard_error = ((first.var(ddof=1) + last.var(ddof=1)) / window) ** 0.5
@@ -743,6 +766,7 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
             (["--eval-prompt-file", empty], "empty.txt holds no prompt"),
             (["--reward", "pickscore"], "unknown reward 'pickscore'; known: shapes, "),
             (["--group-size", 1], "--group-size must"),
+            (["--device", "abacus"], "--device abacus"),
             (["--beta", "nan"], "--beta must"),
             (["--updates-per-rollout", 3], "--updates-per-rollout 3 must divide"),
             (["--lora-targets", "nothing"], "--lora-targets nothing"),
@@ -763,7 +787,7 @@ def test_the_command_itself_prints_that_sentence_alone(tmp_path):
     for flags, sentence in ((["--device", "cuda"], "torch sees no GPU"),
                             (["--device", "cpu", "--prompt-file", long], "long.txt, line 1: the prompt")):
         done = subprocess.run(
-            [sys.executable, ROOT / "dgpo.py", "--model", MODEL, "--prompt-file", ROOT / "shapes/prompts.txt",
+            [sys.executable, "-W", "ignore", ROOT / "dgpo.py", "--model", MODEL, "--prompt-file", ROOT / "shapes/prompts.txt",
              "--output-dir", tmp_path / "run", *flags], capture_output=True, text=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
         assert done.returncode == 2 and done.stdout == ""
