@@ -787,8 +787,9 @@ def test_the_command_itself_prints_that_sentence_alone(tmp_path):
     for flags, sentence in ((["--device", "cuda"], "torch sees no GPU"),
                             (["--device", "cpu", "--prompt-file", long], "long.txt, line 1: the prompt")):
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", ROOT / "dgpo.py", "--model", MODEL, "--prompt-file", ROOT / "shapes/prompts.txt",
-             "--output-dir", tmp_path / "run", *flags], capture_output=True, text=True,
+            [sys.executable, "-W", "ignore", ROOT / "dgpo.py", "--model", MODEL,
+             "--prompt-file", ROOT / "shapes/prompts.txt", "--output-dir", tmp_path / "run", *flags],
+            capture_output=True, text=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
         assert done.returncode == 2 and done.stdout == ""
         assert sentence in refusal(done.stderr) and done.stderr.count("\n") == 1
