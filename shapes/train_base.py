@@ -337,6 +337,9 @@ def save(pipe, folder):
     pipe.save_pretrained(folder)
     transformer = copy.deepcopy(pipe.transformer).half()
     transformer.save_pretrained(Path(folder) / "transformer")
+    for path in [*Path(folder).glob("*/config.json"), Path(folder) / "model_index.json"]:
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n")  # where it was loaded from is nobody else's business
 
 
 def main():
