@@ -19,8 +19,8 @@ Departures from the paper and from its authors' published settings:
     rollout's grid: a grid of 10 steps has only 5 or 6 points above t_min, and strata lower the gradient's variance.
  2. `--updates-per-rollout` may split the M timesteps over several optimizer steps (the authors take one).
  3. Groups without signal (all rewards equal) are not trained on at all, so the KL term leaves them out too.
- 4. The defaults, those of the embedded job, let the reference of S follow the policy (`--reference-decay`) and the learning
-    rate fall; the KL term always pulls towards the frozen model.  The paper's reference is frozen, its rate constant.
+ 4. By default, for the embedded job, the reference of S follows the policy (`--reference-decay`) and the learning rate
+    falls; the KL term always pulls towards the frozen model.  The paper's reference is frozen, its rate constant.
 """
 
 import argparse
