@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -68,10 +68,15 @@ class Config:
     """Every setting of a run; defaults are those of the embedded job, README lists the paper's for SD3.5-M."""
 
     # Task
-    prompt_file: str = setting("", "training prompts, one a line", required=True)
-    eval_prompt_file: str = setting("", "held-out prompts (default: heldout.txt beside the prompt file)")
+    prompt_file: str = setting("", "training prompts: one a line, or .jsonl with `prompt` and metadata", required=True)
+    eval_prompt_file: str = setting("", "held-out prompts (default: heldout.txt beside the prompt file, else a "
+                                        "fixed tenth of it)")
     model: str = setting("shapes/model", "SD3-family pipeline: a folder in diffusers' format, or a hub id")
-    reward: str = setting("shapes", "reward: NAME, file.py:function, or a sum NAME:weight,NAME:weight")
+    t5: bool = setting(True, "load the T5 text encoder; without it, zeros take its tokens' place")
+    reward: str = setting("shapes", "reward: NAME, NAME=FOLDER, file.py:function, or a sum NAME:weight,NAME:weight")
+    eval_reward: str = setting("", "judges that are watched at every evaluation and not trained on: NAME,NAME")
+    evaluate: bool = setting(False, "only score all prompts of --prompt-file, one column a reward, and with --lora")
+    lora: str = setting("", "with --evaluate: a run's lora/ folder, compared with the model without it")
     output_dir: str = setting("", "where everything is written (default: runs/<date-time>)")
     resume: bool = setting(False, "go on with the run in --output-dir")
     steps: int = setting(150, "training steps (one rollout of all groups each)")
@@ -110,8 +115,11 @@ class Config:
                                 "name endings of the linear layers that get a LoRA")
     ema_decay: float = setting(0.98, "EMA decay, an update, of the exported weights (paper: 0.9 in 8)", low=0, high=1)
     # Compute
-    rollout_batch_size: int = setting(256, "images sampled, encoded or decoded at once")
+    rollout_batch_size: int = setting(256, "images sampled at once")
     train_batch_size: int = setting(96, "samples in one backward pass; does not change the gradient")
+    text_cache_size: int = setting(2048, "prompts kept encoded ahead, in main memory, besides the held-out ones")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, slower")
+    compile: bool = setting(False, "compile the transformer's blocks, once for all batch sizes")
     # Evaluation and saving
     eval_every: int = setting(50, "steps between evaluations on held-out prompts")
     eval_prompts: int = setting(0, "held-out prompts used, the first N of the file, 0 for all", low=0)
@@ -128,6 +136,8 @@ class Config:
         if self.timesteps_per_rollout % self.updates_per_rollout:
             raise UserError(f"--updates-per-rollout {self.updates_per_rollout} must divide "
                             f"--timesteps-per-rollout {self.timesteps_per_rollout}")
+        if self.lora and not self.evaluate:
+            raise UserError("--lora is for --evaluate: a run starts from the model, or goes on with --resume")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -157,7 +167,8 @@ def add_noise(x0, noise, sigma):
 def sample_ode(velocity, noise, sigmas, solver="euler"):
     """Integrate dx/dsigma = velocity(x, sigma) from noise to data.
 
-    velocity: callable (x [B, ...], sigma a 0-d tensor) -> [B, ...]; noise: [B, ...]; sigmas: [steps + 1], falling.
+    velocity: callable (x [B, ...], sigma a 0-d tensor) -> [B, ...]; noise: [B, ...] on any device; sigmas: [steps + 1],
+    falling, on the CPU.
     solver: "euler", or "dpm++2m", DPM-Solver++ for flows: second-order multistep on the data prediction
     x0 = x - sigma v in lambda = log((1 - sigma) / sigma) (arXiv 2211.01095).  Both are deterministic.
     """
@@ -243,14 +254,14 @@ def clip_error(error, old_error, advantages, clip_range):
 class LoRALinear(nn.Module):
     """y = W x + (alpha / rank) up down x (arXiv 2106.09685), with `policies` to choose (down, up) from.
 
-    `active` is the name of the policy in force; a name without weights, as "reference" usually is, means W alone.
+    `active` is the pair in force, or None for W alone.
     """
 
     def __init__(self, base, rank, scale, generator):
         super().__init__()
-        self.base, self.scale, self.active, self.policies = base, scale, "reference", {}
-        # As in the LoRA paper, `up` is zero: every policy starts as the base model.  fp32 whatever the base's dtype,
-        # because the steps of AdamW are smaller than bf16 can add.
+        self.base, self.scale, self.active, self.policies = base, scale, None, {}
+        # As in the LoRA paper, `up` is zero: every policy starts as the base model.  Kept in fp32 whatever the base's
+        # dtype, because the steps of AdamW are smaller than bf16 can add.
         bound = base.in_features ** -0.5
         down = torch.rand(rank, base.in_features, generator=generator) * 2 * bound - bound
         up = torch.zeros(base.out_features, rank)
@@ -259,11 +270,11 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         """[..., in] -> [..., out] in the base's dtype."""
         y = self.base(x)
-        if self.active not in self.policies:
+        if self.active is None:
             return y
-        down, up = self.policies[self.active]
-        # The scale goes where the tensor is small.
-        return y + F.linear(F.linear(x.to(down.dtype), self.scale * down), up).to(y.dtype)
+        # Kept in fp32, used in the activations' dtype: on a GPU, matrix products in fp32 are many times slower.
+        down, up = (t.to(x.dtype) for t in self.active)
+        return y + F.linear(F.linear(x, self.scale * down), up)
 
 
 class LoRA:
@@ -292,14 +303,30 @@ class LoRA:
         return [t for layer in self.layers.values() for t in layer.policies[policy]]
 
     def select(self, policy):
-        """Make `policy` the one whose velocity the transformer computes."""
+        """Make `policy` the one whose velocity the transformer computes; one without weights is the frozen model."""
         for layer in self.layers.values():
-            layer.active = policy
+            layer.active = layer.policies.get(policy)
 
     @torch.no_grad()
     def follow(self, policy, decay):
         """Move a policy towards the current one: theta^- <- decay theta^- + (1 - decay) theta."""
         torch._foreach_lerp_(self.weights(policy), self.weights("current"), 1 - decay)
+
+    def load(self, folder, policy="ema"):
+        """Read what `export` wrote into one policy, of whatever rank it is.  Raises UserError."""
+        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        try:
+            tensors = load_file(path)
+            for name, layer in self.layers.items():
+                down, up = (tensors.pop(f"transformer.{name}.lora_{key}.weight") for key in "AB")
+                device = layer.base.weight.device
+                layer.policies[policy] = [down.float().to(device), up.float().to(device) / layer.scale]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--lora {folder}: {path.name} there cannot be read: {error}") from error
+        except KeyError as error:
+            raise UserError(f"--lora {folder} has no {error}: give the --lora-targets it was trained with") from error
+        if tensors:
+            raise UserError(f"--lora {folder} has {next(iter(tensors))}, which --lora-targets leaves out")
 
     def export(self, folder, policy="ema"):
         """Write one policy as diffusers' LoRA file, for `pipe.load_lora_weights(folder)`."""
@@ -318,85 +345,127 @@ class LoRA:
 # ------------------------------------------------------------------------------------------------
 
 
+def load_pipeline(path, config):
+    """A StableDiffusion3Pipeline in main memory, from a folder (then no hub is asked) or a hub id.  Raises UserError.
+    """
+    # Imported late, and quietly, so that --help and errors of the command line come at once.
+    from transformers.utils import logging as transformers_logging
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.utils import logging as diffusers_logging
+    diffusers_logging.set_verbosity_error()
+    local = os.path.isdir(path)
+    if local:
+        diffusers_logging.disable_progress_bar()
+    absent = absent_modules(path) if local else {}
+    if not config.t5:
+        absent |= {"text_encoder_3": None, "tokenizer_3": None}
+    dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
+    try:
+        return StableDiffusion3Pipeline.from_pretrained(path, dtype=dtypes, local_files_only=local, **absent)
+    except Exception as error:  # a folder can be wrong in many ways, and diffusers has an exception for each
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not local:
+            reason += ("; for a hub id, accept the licence on its page and run `hf auth login`, check the network, or "
+                       "give a folder with the files")
+        raise UserError(f"--model {path} cannot be loaded as an SD3 pipeline: {reason}") from error
+
+
+def absent_modules(path):
+    """from_pretrained wants to be told which modules of a local folder are left out (SD3 without T5)."""
+    try:
+        index = json.loads((Path(path) / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path} is no diffusers pipeline folder: no readable model_index.json") from error
+    if index.get("_class_name") != "StableDiffusion3Pipeline":
+        raise UserError(f"--model {path} holds a {index.get('_class_name')}, not a StableDiffusion3Pipeline")
+    return {name: None for name, value in index.items() if value == [None, None]}
+
+
 class SD3:
     """Stable Diffusion 3 and 3.5 through diffusers' pipeline: encode prompts, velocity, decode."""
 
-    def __init__(self, path, config):
-        """Load `path`, a folder (then no hub is asked) or a hub id.  Raises UserError if it is not an SD3 pipeline."""
-        # Imported late, and quietly, so that --help and errors of the command line come at once.
-        from transformers.utils import logging as transformers_logging
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        from diffusers import StableDiffusion3Pipeline
-        from diffusers.utils import logging as diffusers_logging
-        diffusers_logging.set_verbosity_error()
-        diffusers_logging.disable_progress_bar()
+    def __init__(self, pipe, config):
+        """Take a StableDiffusion3Pipeline: the model goes to the device, the text encoders wait in main memory."""
+        self.pipe, self.vae, self.transformer = pipe, pipe.vae, pipe.transformer
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.max_sequence_length = config.max_sequence_length
-        try:
-            self.pipe = StableDiffusion3Pipeline.from_pretrained(
-                path, dtype=self.dtype, local_files_only=os.path.isdir(path), **self.absent_modules(path))
-        except UserError:
-            raise
-        except Exception as error:  # a folder can be wrong in many ways, and diffusers has an exception for each
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"--model {path} cannot be loaded as an SD3 pipeline: {reason}") from error
-        self.pipe.to(self.device, self.dtype)
-        self.vae, self.transformer = self.pipe.vae, self.pipe.transformer
-        for module in (self.vae, self.transformer, self.pipe.text_encoder, self.pipe.text_encoder_2):
+        self.encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
+        for module in (self.vae, self.transformer, *self.encoders):
             module.requires_grad_(False).eval()
+        for encoder in self.encoders:
+            encoder.to(self.dtype)
+        self.transformer.to(self.device, self.dtype)
+        self.vae.to(self.device, torch.float32)   # the half types overflow in it or cost it visible precision
         self.lora = LoRA(self.transformer, config.lora_rank, 2 * config.lora_rank, config.lora_targets.split(","),
                          config.seed, moving_reference=config.reference_decay < 1)
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        if config.compile:
+            for block in self.transformer.transformer_blocks:   # one by one: they share their code, hence the compiling
+                block.compile(dynamic=True)
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         side = config.resolution // factor or self.transformer.config.sample_size
         self.latent_shape = (self.transformer.config.in_channels, side, side)
-        self.text_cache = {}
-
-    @staticmethod
-    def absent_modules(path):
-        """from_pretrained wants to be told which modules of a local folder are left out (SD3 without T5)."""
-        if not os.path.isdir(path):
-            return {}
-        try:
-            index = json.loads((Path(path) / "model_index.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model {path} is no diffusers pipeline folder: no readable model_index.json") from error
-        if index.get("_class_name") != "StableDiffusion3Pipeline":
-            raise UserError(f"--model {path} holds a {index.get('_class_name')}, not a StableDiffusion3Pipeline")
-        return {name: None for name, value in index.items() if value == [None, None]}
+        # An image of 1024 x 1024 takes about 4 GB to decode, so pixels, not images, are what is counted.
+        self.decode_batch_size = max(1, 2 ** 21 // (side * factor) ** 2)
+        self.text_cache, self.empty_text = {}, None
 
     def too_long(self, prompt):
         """Whether every tokenizer would cut the prompt off, so that no encoder sees its end."""
+        if len(prompt.encode()) + 2 <= self.pipe.tokenizer_max_length:
+            return False   # a token is at least a byte: spares the tokenizers nearly every prompt
         limits = ((self.pipe.tokenizer, self.pipe.tokenizer_max_length),
                   (self.pipe.tokenizer_2, self.pipe.tokenizer_max_length),
                   (self.pipe.tokenizer_3, self.max_sequence_length))
         return all(len(tokenizer(prompt).input_ids) > limit for tokenizer, limit in limits if tokenizer is not None)
 
     @torch.no_grad()
-    def encode(self, prompts):
-        """List of B strings -> (token embeddings [B, L, D], pooled embeddings [B, D]), each prompt encoded once."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self.text_cache]
-        for i in range(0, len(missing), 64):
+    def cache_text(self, prompts):
+        """Encode the prompts that are not cached yet, in batches, and forget all others.
+
+        The text encoders visit the device for this only, and the embeddings stay in main memory: with a T5, one prompt
+        is 2.7 MB.
+        """
+        self.text_cache = {p: self.text_cache.get(p) for p in prompts}
+        missing = [p for p, text in self.text_cache.items() if text is None]
+        for encoder in self.encoders if missing else ():
+            encoder.to(self.device)
+        for i in range(0, len(missing), 16):
+            batch = missing[i:i + 16]
+            # Always of one size: how a row is rounded depends on it, and a resumed run is to see the same embeddings.
             tokens, _, pooled, _ = self.pipe.encode_prompt(
-                missing[i:i + 64], None, None, do_classifier_free_guidance=False, device=self.device,
+                batch + [""] * (16 - len(batch)), None, None, do_classifier_free_guidance=False, device=self.device,
                 max_sequence_length=self.max_sequence_length)
-            self.text_cache.update(zip(missing[i:i + 64], zip(tokens, pooled)))
-        return tuple(torch.stack(parts) for parts in zip(*(self.text_cache[p] for p in prompts)))
+            for prompt, *text in zip(batch, tokens.cpu(), pooled.cpu()):
+                self.text_cache[prompt] = [part.clone() for part in text]   # a view would keep its whole batch
+        for encoder in self.encoders if missing else ():
+            encoder.to("cpu")
+
+    def encode(self, prompts):
+        """List of B strings -> (token embeddings [B, L, D], pooled embeddings [B, D]) on the device."""
+        place = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+        if any(p not in self.text_cache for p in place):
+            self.cache_text([*self.text_cache, *place])
+        index = torch.tensor([place[p] for p in prompts], device=self.device)
+        return tuple(torch.stack(parts).to(self.device)[index] for parts in zip(*(self.text_cache[p] for p in place)))
 
     def velocity(self, x, sigma, text, policy, guidance_scale=1.0):
-        """The policy's velocity at x [B, C, H, W], sigma (a number, 0-d or [B]) -> float32 [B, C, H, W].
+        """The policy's velocity at x [B, C, H, W], sigma (a number, 0-d on the CPU, or [B]) -> float32 [B, C, H, W].
 
         policy: "reference", "old", "current", "ema", or "base" for the frozen model.
         guidance_scale > 1: v("") + scale (v(prompt) - v("")).
         """
         self.lora.select(policy)
         tokens, pooled = text
-        sigma = torch.as_tensor(sigma, device=x.device).expand(len(x))
+        if not isinstance(sigma, torch.Tensor) or sigma.ndim == 0:
+            sigma = torch.full((len(x),), float(sigma), device=x.device)   # a copy to the GPU would wait for it
         inputs, guided = x, guidance_scale > 1
         if guided:
-            empty = self.encode([""])
-            tokens = torch.cat([tokens, empty[0].expand_as(tokens)])
-            pooled = torch.cat([pooled, empty[1].expand_as(pooled)])
+            self.empty_text = self.empty_text or self.encode([""])
+            tokens = torch.cat([tokens, self.empty_text[0].expand_as(tokens)])
+            pooled = torch.cat([pooled, self.empty_text[1].expand_as(pooled)])
             inputs, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
         v = self.transformer(inputs.to(self.dtype), tokens, pooled, sigma * 1000, return_dict=False)[0].float()
         if guided:
@@ -407,9 +476,11 @@ class SD3:
     @torch.no_grad()
     def decode(self, x0):
         """Latents [B, C, H, W] -> list of B PIL images."""
-        latents = x0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
-        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+        images, latents = [], x0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        for part in latents.split(self.decode_batch_size):
+            pixels = self.vae.decode(part, return_dict=False)[0]
+            images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
+        return images
 
 
 # ------------------------------------------------------------------------------------------------
@@ -425,7 +496,7 @@ def seeded(*numbers):
 @torch.no_grad()
 def rollout(model, prompts, noise, num_steps, policy, config, bar=None):
     """Images for B prompts from noise [B, C, H, W]: (latents x0 [B, C, H, W], list of B PIL images)."""
-    sigmas = ode_sigmas(num_steps, config.shift).to(model.device)
+    sigmas = ode_sigmas(num_steps, config.shift)   # left on the CPU, so that the solver never waits for a GPU
     latents, images = [], []
     for i in range(0, len(prompts), config.rollout_batch_size):
         text = model.encode(prompts[i:i + config.rollout_batch_size])
@@ -455,16 +526,16 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
     is larger than train_batch_size, parts of one; the gradient is the full batch's either way, since S of Eq. 17 is
     always the whole group's.  Returns sums over rows: dict of floats.
     """
-    group_size = advantages.shape[1]
-    parts = torch.arange(group_size).split(config.train_batch_size)
+    R, G = advantages.shape
+    parts = [slice(i, i + config.train_batch_size) for i in range(0, G, config.train_batch_size)]
     tokens, pooled = model.encode(prompts)
     x_t, target = add_noise(x0, noise[:, None], sigma.view(-1, 1, 1, 1, 1))                        # [R, G, C, H, W]
 
-    def velocity(rows, images, policy, guidance_scale=1.0):                                        # [r, g, C, H, W]
-        x, n = x_t[rows][:, images], len(images)
-        text = tokens[rows].repeat_interleave(n, 0), pooled[rows].repeat_interleave(n, 0)
-        v = model.velocity(x.flatten(0, 1), sigma[rows].repeat_interleave(n), text, policy, guidance_scale)
-        return v.view(x.shape)
+    def velocity(rows, part, policy, guidance_scale=1.0):                                          # [r, g, C, H, W]
+        x = x_t[rows, part]
+        text = tokens[rows].repeat_interleave(x.shape[1], 0), pooled[rows].repeat_interleave(x.shape[1], 0)
+        each_sigma = sigma[rows].repeat_interleave(x.shape[1])
+        return model.velocity(x.flatten(0, 1), each_sigma, text, policy, guidance_scale).view(x.shape)
 
     def whole(rows, policy, guidance_scale=1.0):                                                   # [r, G, C, H, W]
         return torch.cat([velocity(rows, part, policy, guidance_scale) for part in parts], 1)
@@ -473,7 +544,9 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
         return difference.pow(2).mean((2, 3, 4))
 
     sums = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
-    for rows in torch.arange(len(x0)).split(max(1, config.train_batch_size // group_size)):
+    rows_at_once = max(1, config.train_batch_size // G)
+    for rows in (slice(i, i + rows_at_once) for i in range(0, R, rows_at_once)):
+        A = advantages[rows]                                                                       # [r, G]
         with torch.no_grad():
             base_velocity = ref_velocity = whole(rows, "base", config.reference_guidance_scale)
             if config.reference_decay < 1:
@@ -485,22 +558,19 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
                 group_error = mean_squared(whole(rows, "current") - target[rows])
         for part in parts:
             v = velocity(rows, part, "current")
-            error = mean_squared(v - target[rows][:, part])                                        # [r, g]
+            error = mean_squared(v - target[rows, part])                                           # [r, g]
             # To the frozen model even where the reference of S moves: without an anchor, all errors drift upwards.
             kl = mean_squared(v - base_velocity[:, part])                                          # [r, g]
             if len(parts) > 1:
-                error = group_error.index_copy(1, part.to(error.device), error)                    # [r, G]
-            live = error
-            if config.clip_range:
-                live = clip_error(error, old_error, advantages[rows], config.clip_range)
-            loss = dgpo_loss(live, ref_error, advantages[rows], config.beta) * len(rows)
-            (loss / total_rows + config.kl_weight * kl.sum() / (total_rows * group_size)).backward()
-            sums["kl"] += kl.sum().item() / group_size
-        sums["loss"] += loss.item()
+                error = group_error.slice_scatter(error, 1, part.start, min(part.stop, G))         # [r, G]
+            live = clip_error(error, old_error, A, config.clip_range) if config.clip_range else error
+            loss = dgpo_loss(live, ref_error, A, config.beta) * len(A)
+            (loss / total_rows + config.kl_weight * kl.sum() / (total_rows * G)).backward()
+            sums["kl"] += kl.detach().sum() / G
+        sums["loss"] += loss.detach()
         if config.clip_range:
-            done = past_clip(error, old_error, advantages[rows], config.clip_range)
-            sums["clip_fraction"] += done.float().mean(1).sum().item()
-    return sums
+            sums["clip_fraction"] += past_clip(error, old_error, A, config.clip_range).float().mean(1).sum()
+    return {name: float(value) for name, value in sums.items()}   # read once: every reading waits for the GPU
 
 
 def update(model, optimizer, x0, prompts, advantages, config, step, bar=None):
@@ -542,28 +612,50 @@ def update(model, optimizer, x0, prompts, advantages, config, step, bar=None):
 # ------------------------------------------------------------------------------------------------
 
 
-def evaluate(model, reward, prompts, config, policy):
-    """Score the policy on N held-out prompts: (rewards [N, K], list of N*K images), K images each.
+def evaluate(model, rewards, rows, config, policy):
+    """Score the policy on N prompts, K images each: (dict name -> [N, K], one of each reward; list of N*K images).
 
-    The noises depend on nothing but the shape, so every evaluation of every run sees the same ones.
+    rewards: dict name -> reward; rows: N dicts with "prompt", handed to the rewards as metadata.  The noises depend on
+    nothing but the shape, so every evaluation of every run sees the same ones.
     """
-    repeated = [p for p in prompts for _ in range(config.eval_images)]
+    repeated = [row for row in rows for _ in range(config.eval_images)]
+    prompts = [row["prompt"] for row in repeated]
     noise = torch.randn(len(repeated), *model.latent_shape, generator=seeded("evaluation"))
     total = -(-len(repeated) // config.rollout_batch_size) * config.eval_num_inference_steps
     with tqdm(total=total, desc="evaluation", leave=False, position=1) as bar:
-        _, images = rollout(model, repeated, noise, config.eval_num_inference_steps, policy, config, bar)
-    return reward(images, repeated, [{}] * len(images)).view(len(prompts), -1), images
+        _, images = rollout(model, prompts, noise, config.eval_num_inference_steps, policy, config, bar)
+    return {name: reward(images, prompts, repeated).view(len(rows), -1) for name, reward in rewards.items()}, images
 
 
-def summarize(rewards, prompts, strict):
-    """Evaluation metrics of rewards [N, K]: mean reward, score (strict accuracy if there is one) with its standard
-    error over prompts, and the score of each category."""
-    score = ((rewards >= 1).float() if strict else rewards).mean(1)                                # [N]
-    categories = [prompt_category(prompt, {}) for prompt in prompts]
-    return {"eval_reward": rewards.mean().item(), "eval_score": score.mean().item(),
-            "eval_error": score.std(correction=0).item() / max(1, len(score) - 1) ** 0.5,
-            "eval_categories": {c: score[[c == have for have in categories]].mean().item()
-                                for c in dict.fromkeys(categories)}}
+def summarize(scores, rows, strict):
+    """Mean and standard error over prompts of scores [N, K], whole and by category: dict.
+
+    The "score" is the strict accuracy, the share of images with the reward 1, for rewards where that means "all right".
+    """
+    score = ((scores >= 1).float() if strict else scores).mean(1)                                  # [N]
+    categories = [prompt_category(row["prompt"], row) for row in rows]
+    return {"reward": scores.mean().item(), "score": score.mean().item(),
+            "error": score.std(correction=0).item() / max(1, len(score) - 1) ** 0.5,
+            "categories": {c: score[[c == have for have in categories]].mean().item()
+                           for c in dict.fromkeys(categories)}}
+
+
+def comparison(name, before, after, rows, strict):
+    """The table of one reward, categories by rows, from scores [N, K] before and after: (text, whether it fell).
+
+    A fall is a change of the mean below minus twice its standard error, which is taken over the same prompts.
+    """
+    old, new = summarize(before, rows, strict), summarize(after, rows, strict)
+    change = summarize(((after >= 1).float() - (before >= 1).float()) if strict else after - before, rows, False)
+    lines = [f"{'strict accuracy, ' if strict else ''}{name}"[-30:].ljust(30) + "    before     after    change"]
+    for category in [*old["categories"], "all"] if len(old["categories"]) > 1 else ["all"]:
+        values = [s["score"] if category == "all" else s["categories"][category] for s in (old, new, change)]
+        lines.append(f"{category:30s}{values[0]:10.3f}{values[1]:10.3f}{values[2]:+10.3f}")
+    lines.append(f"{'standard error over prompts':30s}{old['error']:10.3f}{new['error']:10.3f}{change['error']:10.3f}")
+    if strict:
+        lines.append(f"{'mean reward':30s}{old['reward']:10.3f}{new['reward']:10.3f}"
+                     f"{new['reward'] - old['reward']:+10.3f}")
+    return "\n".join(lines), change["score"] < -2 * change["error"]
 
 
 def image_grid(images, prompts, rewards, columns=2, tile=96):
@@ -612,21 +704,34 @@ def curve_image(points, label, size=(640, 360), margin=48):
 
 
 def load_prompts(path, model=None):
-    """The prompts of a text file, one a line; blank lines are skipped.  Raises UserError with the line's number."""
+    """The prompts of a file as dicts with the key "prompt", each prompt once and blank lines skipped.
+
+    A .jsonl file has one such dict a line, whose other fields are metadata for the reward, as GenEval's files do; any
+    other file has one prompt a line.  Raises UserError with the line's number.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the prompt file {path} cannot be read: {reason}") from error
-    prompts = {}
+    rows = {}
     for number, line in enumerate(lines, 1):
-        if line.strip():
-            if model is not None and model.too_long(line.strip()):
-                raise UserError(f"{path}, line {number}: the prompt {line.strip()!r} is too long for the tokenizer")
-            prompts[line.strip()] = number
-    if not prompts:
+        if not line.strip():
+            continue
+        row = {"prompt": line.strip()}
+        if str(path).endswith(".jsonl"):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: no JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise UserError(f'{path}, line {number}: not an object with a text as its "prompt"')
+        if model is not None and model.too_long(row["prompt"]):
+            raise UserError(f"{path}, line {number}: the prompt {row['prompt']!r} is too long for the tokenizer")
+        rows[row["prompt"]] = row
+    if not rows:
         raise UserError(f"the prompt file {path} holds no prompt")
-    return list(prompts)
+    return list(rows.values())
 
 
 def save_atomically(tensors, path, metadata):
@@ -670,10 +775,11 @@ def load_checkpoint(path, model, optimizer):
 
 
 # What may differ between a run and its continuation; any other setting would make it another run.
-FREE_ON_RESUME = {"resume", "output_dir", "steps", "save_every", "rollout_batch_size", "device"}
+FREE_ON_RESUME = {"resume", "output_dir", "steps", "save_every", "device", "rollout_batch_size", "text_cache_size",
+                  "gradient_checkpointing", "compile"}
 
 
-def open_run(config):
+def open_run(config, held_out):
     """Make the output folder and write config.json, or check that the folder's run is the one to resume."""
     folder = Path(config.output_dir)
     if (folder / "config.json").exists():
@@ -686,7 +792,9 @@ def open_run(config):
     elif config.resume:
         raise UserError(f"--resume: there is no run in {folder or '.'}")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    # Where no file names the held-out prompts, config.json does.
+    named = {} if config.eval_prompt_file else {"held_out": [row["prompt"] for row in held_out]}
+    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(config), **named}, indent=2) + "\n")
     return folder
 
 
@@ -709,12 +817,17 @@ class RunFolder:
         self.metrics.write((json.dumps({**values, "seconds": round(self.seconds(), 3)}) + "\n").encode())
         self.metrics.flush()
 
-    def record_evaluation(self, step, summary, images, prompts, rewards):
-        """Write an evaluation's metrics line, its picture grid and the curve so far."""
-        self.log({"step": step, "evaluation": True, **summary})
-        n, k = min(12, len(prompts)), rewards.shape[1]
-        image_grid(images[:n * k], prompts[:n], rewards[:n]).save(self.folder / "samples" / f"{step:06d}.png")
-        self.curve.append([step, summary["eval_score"]])
+    def record_evaluation(self, step, scores, images, rows, rewards):
+        """Write an evaluation's metrics line, its picture grid and the curve so far; `scores` as from `evaluate`."""
+        (target, *_), strict = rewards, next(iter(rewards.values())).strict
+        summary = summarize(scores[target], rows, strict)
+        judges = {name: summarize(scores[name], rows, False)["score"] for name in rewards if name != target}
+        self.log({"step": step, "evaluation": True, **{f"eval_{key}": value for key, value in summary.items()},
+                  **({"eval_judges": judges} if judges else {})})
+        n, k = min(12, len(rows)), scores[target].shape[1]
+        captions = [row["prompt"] for row in rows[:n]]
+        image_grid(images[:n * k], captions, scores[target][:n]).save(self.folder / "samples" / f"{step:06d}.png")
+        self.curve.append([step, summary["score"]])
         curve_image(self.curve, "held-out score").save(self.folder / "reward.png")
 
     def save(self, model, optimizer, step):
@@ -729,31 +842,40 @@ class RunFolder:
 # ------------------------------------------------------------------------------------------------
 
 
-def prompts_of_step(prompts, step, config):
+def rows_of_step(rows, step, config):
     """The P prompts of a step: one seeded permutation of the file after another, without a state to save."""
     places = range(step * config.groups_per_step, (step + 1) * config.groups_per_step)
-    orders = {epoch: torch.randperm(len(prompts), generator=seeded(config.seed, "order", epoch))
-              for epoch in {place // len(prompts) for place in places}}
-    return [prompts[orders[place // len(prompts)][place % len(prompts)]] for place in places]
+    orders = {epoch: torch.randperm(len(rows), generator=seeded(config.seed, "order", epoch))
+              for epoch in {place // len(rows) for place in places}}
+    return [rows[orders[place // len(rows)][place % len(rows)]] for place in places]
 
 
-def train_step(model, optimizer, reward, prompts, step, config):
+def cache_text_ahead(model, rows, held_out, step, config):
+    """If this step's prompts are not encoded yet, encode those of the steps to come that fit in --text-cache-size."""
+    last = min(config.steps, step + max(1, config.text_cache_size // config.groups_per_step))
+    if any(row["prompt"] not in model.text_cache for row in rows_of_step(rows, step, config)):
+        ahead = [row for later in range(step, last) for row in rows_of_step(rows, later, config)]
+        model.cache_text([row["prompt"] for row in held_out + ahead])
+
+
+def train_step(model, optimizer, reward, rows, step, config):
     """One step of Algorithm 1: rollout, rewards, advantages, update.  Returns the step's metrics."""
     P, G = config.groups_per_step, config.group_size
     updates_done = step * config.updates_per_rollout
     policy = "old" if 0 < config.rollout_old_after <= updates_done else "current"
-    repeated = [prompt for prompt in prompts for _ in range(G)]
+    repeated = [row for row in rows for _ in range(G)]
+    prompts = [row["prompt"] for row in repeated]
     noise = torch.randn(P * G, *model.latent_shape, generator=seeded(config.seed, "rollout", step))  # [B, C, H, W]
     clock = [time.monotonic()]
     evaluations = -(-P * G // config.rollout_batch_size) * config.num_inference_steps
     with tqdm(total=evaluations + config.updates_per_rollout, desc="rollout", leave=False, position=1) as bar:
-        x0, images = rollout(model, repeated, noise, config.num_inference_steps, policy, config, bar)
+        x0, images = rollout(model, prompts, noise, config.num_inference_steps, policy, config, bar)
         clock.append(time.monotonic())
-        rewards = reward(images, repeated, [{}] * len(images)).view(P, G)                          # [P, G]
+        rewards = reward(images, prompts, repeated).view(P, G)                                     # [P, G]
         clock.append(time.monotonic())
         bar.set_description("update")
         advantages = group_advantages(rewards, config.advantage_std).to(model.device)              # [P, G]
-        metrics = update(model, optimizer, x0.unflatten(0, (P, G)), prompts, advantages, config, step, bar)
+        metrics = update(model, optimizer, x0.unflatten(0, (P, G)), prompts[::G], advantages, config, step, bar)
     clock.append(time.monotonic())
     return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
             **({"strict": (rewards >= 1).float().mean().item()} if reward.strict else {}),
@@ -763,47 +885,68 @@ def train_step(model, optimizer, reward, prompts, step, config):
 
 def train(config):
     """Run Algorithm 1 from config to an exported LoRA; returns the output folder."""
-    config, reward, model, prompts, held_out = prepare(config)
-    folder = open_run(config)
+    config, rewards, model, rows, held_out = prepare(config)
+    folder, reward = open_run(config, held_out), next(iter(rewards.values()))
     optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
                                   weight_decay=config.weight_decay)
     progress = {"step": 0, "curve": [], "metrics_bytes": 0, "seconds": 0.0}
     if config.resume and (folder / "checkpoint.safetensors").exists():
         progress = load_checkpoint(folder / "checkpoint.safetensors", model, optimizer)
     run, step = RunFolder(folder, progress), progress["step"]
-    describe(config, model, prompts, held_out)
-
-    def evaluation(policy):
-        rewards, images = evaluate(model, reward, held_out, config, policy)
-        return rewards, images, summarize(rewards, held_out, reward.strict)
-
-    before = evaluation("base")
-    after = evaluation("ema") if step else before
+    describe(config, model, rows, held_out)
+    cache_text_ahead(model, rows, held_out, step, config)
+    before = after = evaluate(model, rewards, held_out, config, "base")
     if step == 0:
-        run.record_evaluation(0, before[2], before[1], held_out, before[0])
+        run.record_evaluation(0, *before, held_out, rewards)
+    else:
+        after = evaluate(model, rewards, held_out, config, "ema")
     try:
         with tqdm(total=config.steps, initial=step, desc="dgpo", position=0) as bar:
             while step < config.steps:
-                metrics = train_step(model, optimizer, reward, prompts_of_step(prompts, step, config), step, config)
+                cache_text_ahead(model, rows, held_out, step, config)
+                metrics = train_step(model, optimizer, reward, rows_of_step(rows, step, config), step, config)
                 step += 1
                 run.log({"step": step, **metrics})
-                seconds = sum(metrics[f"seconds_{name}"] for name in ("rollout", "reward", "update"))
-                shown = {name: metrics[key] for name, key in (("reward", "reward_mean"), ("strict", "strict"),
-                                                              ("kl", "kl"), ("loss", "loss")) if key in metrics}
-                bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()} | {
-                    "img/s": f"{config.groups_per_step * config.group_size / seconds:.0f}",
-                    "held-out": f"{run.curve[-1][1]:.3f}"})
-                bar.update()
+                show(bar, metrics, run.curve, config)
                 if step % config.eval_every == 0 or step == config.steps:
-                    after = evaluation("ema")
-                    run.record_evaluation(step, after[2], after[1], held_out, after[0])
+                    after = evaluate(model, rewards, held_out, config, "ema")
+                    run.record_evaluation(step, *after, held_out, rewards)
                 if step % config.save_every == 0 or step == config.steps:
                     run.save(model, optimizer, step)
     except (RewardError, KeyboardInterrupt):
         run.save(model, optimizer, step)
         raise
-    report(run, held_out, before, after, config, reward.strict)
+    report(folder, before, after, held_out, rewards, config)
+    print(f"{run.seconds():.0f} s in all; LoRA, pictures and curve in {folder}")
     return folder
+
+
+def show(bar, metrics, curve, config):
+    """Bring the run's progress bar up to date."""
+    seconds = sum(metrics[f"seconds_{name}"] for name in ("rollout", "reward", "update"))
+    shown = {"reward": "reward_mean", "strict": "strict", "kl": "kl", "loss": "loss"}
+    bar.set_postfix({name: f"{metrics[key]:.3g}" for name, key in shown.items() if key in metrics} | {
+        "img/s": f"{config.groups_per_step * config.group_size / seconds:.0f}", "held-out": f"{curve[-1][1]:.3f}"})
+    bar.update()
+
+
+def compare(config):
+    """--evaluate: score the prompts with the base model and, if there is one, with --lora, from the same noises."""
+    config, rewards, model, rows, _ = prepare(config)
+    if config.lora:
+        model.lora.load(config.lora)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = after = evaluate(model, rewards, rows, config, "base")
+    if config.lora:
+        after = evaluate(model, rewards, rows, config, "ema")
+    report(folder, before, after, rows, rewards, config)
+    results = {"base": before, "lora": after} if config.lora else {"base": before}
+    table = {name: {which: summarize(scores[name], rows, reward.strict) for which, (scores, _) in results.items()}
+             for name, reward in rewards.items()}
+    table = {"config": dataclasses.asdict(config), "rewards": table}
+    (folder / "evaluation.json").write_text(json.dumps(table, indent=2) + "\n")
+    print(f"table and pictures in {folder}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -812,7 +955,7 @@ def train(config):
 
 
 def prepare(config):
-    """Everything that can go wrong before the first file is written: (config, reward, model, prompts, held_out)."""
+    """Everything that can go wrong before the first file is written: (config, rewards, model, rows, held_out)."""
     config.check()
     heldout_beside = Path(config.prompt_file).parent / "heldout.txt"
     config = dataclasses.replace(
@@ -825,51 +968,55 @@ def prepare(config):
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
-    reward = load_reward(config.reward)
-    load_prompts(config.prompt_file)
-    model = SD3(config.model, config)
-    prompts = load_prompts(config.prompt_file, model)
+    load_prompts(config.prompt_file)   # before anything large is loaded
+    watched = config.eval_reward.split(",") if config.eval_reward else []
+    names = config.reward.split(",") if config.evaluate else [config.reward, *watched]   # the first is trained on
+    rewards = {name: load_reward(name, config.device) for name in names}
+    model = SD3(load_pipeline(config.model, config), config)
+    rows = load_prompts(config.prompt_file, model)
+    if config.evaluate:
+        return config, rewards, model, rows[:config.eval_prompts or None], []
     if config.eval_prompt_file:
         held_out = load_prompts(config.eval_prompt_file, model)
     else:  # a tenth of the file, drawn once and for all, so that a resumed run holds out the same prompts
-        order = torch.randperm(len(prompts), generator=seeded("held out")).tolist()
-        share = max(1, min(100, len(prompts) // 10))
-        if len(prompts) < 2:
+        order = torch.randperm(len(rows), generator=seeded("held out")).tolist()
+        share = max(1, min(100, len(rows) // 10))
+        if len(rows) < 2:
             raise UserError("with a single prompt, give --eval-prompt-file: there is nothing to hold out")
-        held_out, prompts = [prompts[i] for i in order[:share]], [prompts[i] for i in order[share:]]
-    return config, reward, model, prompts, held_out[:config.eval_prompts or None]
+        held_out, rows = [rows[i] for i in order[:share]], [rows[i] for i in order[share:]]
+    return config, rewards, model, rows, held_out[:config.eval_prompts or None]
 
 
-def describe(config, model, prompts, held_out):
+def describe(config, model, rows, held_out):
     """Print the arithmetic of a step, so that a surprising setting is seen before the run and not after it."""
     images = config.groups_per_step * config.group_size
     evaluations = images * config.num_inference_steps * (2 if config.guidance_scale > 1 else 1)
     parameters = sum(t.numel() for t in model.lora.weights("current"))
     print(f"{config.model} on {config.device}: {parameters / 1e6:.2f} M LoRA parameters in "
-          f"{len(model.lora.layers)} layers; {len(prompts)} training and {len(held_out)} held-out prompts\n"
+          f"{len(model.lora.layers)} layers; {len(rows)} training and {len(held_out)} held-out prompts\n"
           f"a step: {config.groups_per_step} prompts x {config.group_size} images = {images} images from {evaluations} "
           f"transformer evaluations; {images * config.timesteps_per_rollout} samples to train on in "
           f"{config.updates_per_rollout} updates\nwriting to {config.output_dir}", flush=True)
 
 
-def report(run, held_out, before, after, config, strict):
-    """Write before_after.png and print the final table: score per category, before and after."""
-    n, k = min(12, len(held_out)), min(4, config.eval_images)
-    pictures = [image for i in range(n) for _, images, _ in (before, after)
+def report(folder, before, after, rows, rewards, config):
+    """Write before_after.png and print a table for each reward, from two `evaluate` results, with a warning if need be.
+    """
+    target = next(iter(rewards))
+    n, k = min(12, len(rows)), min(4, config.eval_images)
+    pictures = [image for i in range(n) for _, images in (before, after)
                 for image in images[i * config.eval_images:][:k]]
-    pairs = torch.stack([before[0][:n, :k], after[0][:n, :k]], 1).flatten(0, 1)
-    captions = [f"{prompt} ({when})" for prompt in held_out[:n] for when in ("before", "after")]
-    image_grid(pictures, captions, pairs).save(run.folder / "before_after.png")
-    label = "held-out " + ("strict accuracy" if strict else "reward")
-    print(f"\n{label:28s}{'before':>10s}{'after':>10s}{'change':>10s}")
-    old, new = before[2], after[2]
-    for category, value in old["eval_categories"].items():
-        change = new["eval_categories"][category] - value
-        print(f"{category:28s}{value:10.3f}{value + change:10.3f}{change:+10.3f}")
-    print(f"{'all':28s}{old['eval_score']:10.3f}{new['eval_score']:10.3f}{new['eval_score'] - old['eval_score']:+10.3f}"
-          f"\nstandard error over prompts {old['eval_error']:10.3f}{new['eval_error']:10.3f}"
-          f"\nmean reward                 {old['eval_reward']:10.3f}{new['eval_reward']:10.3f}"
-          f"\n{run.seconds():.0f} s in all; LoRA, pictures and curve in {run.folder}")
+    pairs = torch.stack([before[0][target][:n, :k], after[0][target][:n, :k]], 1).flatten(0, 1)
+    captions = [f"{row['prompt']} ({when})" for row in rows[:n] for when in ("before", "after")]
+    image_grid(pictures, captions, pairs).save(folder / "before_after.png")
+    fallen = []
+    for name, reward in rewards.items():
+        text, fell = comparison(name, before[0][name], after[0][name], rows, reward.strict)
+        print("\n" + text)
+        fallen += [name] * (fell and name != target)
+    if fallen:
+        print(f"\n{', '.join(fallen)} fell by more than two standard errors: look at the pictures, {target} may have "
+              "been gained at their cost (reward hacking)")
 
 
 def parse_arguments(arguments=None):
@@ -886,7 +1033,7 @@ def main(arguments=None):
     """The command line.  Exit codes: 0 done, 1 cannot write, 2 a setting or a reward to mend, 130 interrupted."""
     config = parse_arguments(arguments)
     try:
-        train(config)
+        (compare if config.evaluate else train)(config)
     except (UserError, RewardError) as error:
         return fail(error, 2)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk

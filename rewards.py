@@ -281,7 +281,7 @@ def load_function(name):
     return getattr(module, function)
 
 
-def load_reward(spec):
+def load_reward(spec, device="cpu"):
     """Turn `name`, `file.py:function` or a weighted sum `name:weight,name:weight` into one callable.
 
     The callable takes (images: list of PIL images, prompts: list of str, metadata: list of dict), all of length B, and

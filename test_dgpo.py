@@ -18,27 +18,39 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
+from benchmarks import throughput
 from dgpo import (
     SD3,
     Config,
+    UserError,
     accumulate_gradients,
     add_noise,
+    cache_text_ahead,
     clip_error,
+    comparison,
     dgpo_loss,
     draw_timesteps,
     evaluate,
     group_advantages,
+    load_pipeline,
     load_prompts,
     main,
     ode_sigmas,
     parse_arguments,
     past_clip,
-    prompts_of_step,
     rollout,
+    rows_of_step,
     sample_ode,
     shift_time,
     summarize,
@@ -46,7 +58,7 @@ from dgpo import (
 )
 from rewards import CATEGORIES, RewardError, load_reward, parse_prompt, score_detections
 from rewards import shapes as verify
-from shapes.train_base import scenes
+from shapes.train_base import build_tokenizer, scenes
 
 torch.set_num_threads(2)
 
@@ -61,8 +73,8 @@ def seed(number):
 
 def sd3(**settings):
     """The embedded model, freshly loaded, and the settings it was loaded with."""
-    config = Config(model=str(MODEL), device="cpu", lora_rank=4, **settings)
-    return SD3(config.model, config), config
+    config = Config(**{"model": str(MODEL), "device": "cpu", "lora_rank": 4, **settings})
+    return SD3(load_pipeline(config.model, config), config), config
 
 
 def diffusers_pipeline():
@@ -146,6 +158,16 @@ def test_dpm_solver_is_that_of_diffusers():
     for t, sigma in zip(scheduler.timesteps, sigmas):
         x = scheduler.step(velocity(x, sigma), t, x).prev_sample
     torch.testing.assert_close(sample_ode(velocity, noise, sigmas, "dpm++2m"), x)
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm++2m"])
+def test_a_rollout_never_waits_for_the_device(solver):
+    # A tensor on the meta device has a shape and no values: looking at one, which is what makes a GPU wait, raises.
+    model, config = sd3(device="meta")
+    model.text_cache = {p: [torch.zeros(11, 128), torch.zeros(128)] for p in ["", *PROMPTS]}
+    text, noise = model.encode(PROMPTS), torch.empty(4, *model.latent_shape, device="meta")
+    x0 = sample_ode(lambda x, sigma: model.velocity(x, sigma, text, "current", 3.0), noise, ode_sigmas(5, 3.0), solver)
+    assert x0.device.type == "meta" and x0.shape == noise.shape
 
 
 def test_timesteps_stay_above_t_min_and_fall_one_in_each_stratum():
@@ -377,6 +399,44 @@ def test_exported_lora_draws_the_same_images_in_plain_diffusers(tmp_path):
     assert abs(ours - pixels(theirs)).max() <= 1
 
 
+def test_a_lora_read_back_is_the_one_that_was_written(tmp_path):
+    model, _ = sd3()
+    randomize(model, "ema", 0.1, 25)
+    model.lora.export(tmp_path)
+    other, _ = sd3(lora_rank=7)   # of another rank: the file's counts
+    other.lora.load(tmp_path)
+    torch.testing.assert_close(velocities(other, ["ema"]), velocities(model, ["ema"]))
+    for targets, sentence in (("to_q", "which --lora-targets leaves out"),
+                              ("to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,net.2",
+                               "give the --lora-targets it was trained with")):
+        with pytest.raises(UserError, match=sentence):
+            sd3(lora_targets=targets)[0].lora.load(tmp_path)
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"half a file")
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(UserError, match="cannot be read"):
+            other.lora.load(folder)
+
+
+def test_prompts_are_encoded_ahead_and_no_more_of_them_than_wanted():
+    config = dict(steps=5, groups_per_step=2, text_cache_size=6, seed=1)
+    model, config = sd3(**config)
+    rows = [{"prompt": prompt} for prompt in (ROOT / "shapes/prompts.txt").read_text().splitlines()[::40]]
+    held_out, rows = rows[:2], rows[2:]
+
+    def prompts(*steps):
+        return {row["prompt"] for step in steps for row in rows_of_step(rows, step, config)}
+
+    for step, window in ((0, (0, 1, 2)), (1, (0, 1, 2)), (3, (3, 4)), (4, (3, 4))):   # three steps, and never past 5
+        cache_text_ahead(model, rows, held_out, step, config)
+        assert set(model.text_cache) == prompts(*window) | {row["prompt"] for row in held_out}
+    # Whatever way an embedding got there, it is the pipeline's.
+    prompt = rows_of_step(rows, 4, config)[0]["prompt"]
+    tokens, _, pooled, _ = diffusers_pipeline().encode_prompt(prompt, None, None, do_classifier_free_guidance=False,
+                                                              max_sequence_length=1)
+    for ours, theirs in zip(model.encode([prompt, prompt]), (tokens, pooled)):
+        torch.testing.assert_close(ours, theirs.repeat(2, *[1] * (theirs.ndim - 1)))
+
+
 # ------------------------------------------------------------------------------------------------
 # ROLLOUT AND UPDATE
 # ------------------------------------------------------------------------------------------------
@@ -424,6 +484,27 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch():
         assert sums["kl"] / 4 == pytest.approx(kl.item(), rel=1e-4)
         for t in weights:
             t.grad = None
+
+
+def test_gradient_checkpointing_and_compiling_leave_the_update_unchanged():
+    preset, weights = throughput.PRESETS["tiny"], []
+    preset = {**preset, "transformer": {**preset["transformer"], "num_layers": 1}}   # compiling takes its time
+    for settings in ({}, {"gradient_checkpointing": True}, {"compile": True}):
+        config = Config(device="cpu", lora_rank=4, train_batch_size=5, reference_decay=1.0, **settings)
+        torch.manual_seed(27)
+        model = throughput.random_model(preset, config, PROMPTS)
+        randomize(model, "current", 0.05, 26)
+        inputs = update_inputs(model)
+        rollout(model, PROMPTS, inputs[0][0, :4], 2, "current", config)
+        update(model, torch.optim.SGD(model.lora.weights("current"), lr=1.0), *inputs, config, step=0)
+        weights.append(torch.cat([t.detach().flatten() for t in model.lora.weights("current")]))
+        if config.compile:   # all that a run does is compiled by now, whatever the batch size and the policy
+            with torch.compiler.set_stance("fail_on_recompile"):
+                rollout(model, PROMPTS[:3], inputs[0][0, :3], 2, "ema", config)
+                update(model, torch.optim.SGD(model.lora.weights("current"), lr=1.0), *update_inputs(model, size=4),
+                       config, step=1)
+    torch.testing.assert_close(weights[1], weights[0])
+    torch.testing.assert_close(weights[2], weights[0], rtol=1e-3, atol=1e-5)
 
 
 def test_groups_without_signal_add_no_gradient_to_the_loss():
@@ -486,20 +567,40 @@ def test_the_learning_rate_falls_with_the_square_root_of_the_step():
 
 def test_evaluation_always_starts_from_the_same_noise():
     model, config = sd3(eval_images=2, eval_num_inference_steps=3)
-    (first, images), (second, again) = (evaluate(model, load_reward("shapes"), PROMPTS, config, "ema") for _ in "ab")
-    assert first.shape == (4, 2) and torch.equal(first, second)
+    rewards = {name: load_reward(name) for name in ("shapes", "jpeg_compressibility")}
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    (first, images), (second, again) = (evaluate(model, rewards, rows, config, "ema") for _ in "ab")
+    for name in rewards:
+        assert first[name].shape == (4, 2) and torch.equal(first[name], second[name])
     assert (pixels(images) == pixels(again)).all()
 
 
 def test_evaluation_counts_right_pictures_and_takes_its_error_over_prompts():
     rewards = torch.tensor([[1.0, 1.0], [1.0, 0.5], [0.0, 0.5], [0.9, 0.9]])   # [N, K]
-    summary = summarize(rewards, ["a star", "a ring", "two rings", "a star and a ring"], strict=True)
-    assert summary["eval_reward"] == pytest.approx(5.8 / 8)
-    assert summary["eval_score"] == pytest.approx(3 / 8)
+    rows = [{"prompt": prompt} for prompt in ("a star", "a ring", "two rings", "a star and a ring")]
+    summary = summarize(rewards, rows, strict=True)
+    assert summary["reward"] == pytest.approx(5.8 / 8)
+    assert summary["score"] == pytest.approx(3 / 8)
     # The shares of right pictures, 1, 1/2, 0 and 0, spread with a variance of 11/48 about their mean.
-    assert summary["eval_error"] == pytest.approx((11 / 48 / 4) ** 0.5)
-    assert summary["eval_categories"] == pytest.approx({"single_object": 0.75, "counting": 0.0, "two_object": 0.0})
-    assert summarize(rewards, PROMPTS, strict=False)["eval_score"] == pytest.approx(5.8 / 8)
+    assert summary["error"] == pytest.approx((11 / 48 / 4) ** 0.5)
+    assert summary["categories"] == pytest.approx({"single_object": 0.75, "counting": 0.0, "two_object": 0.0})
+    assert summarize(rewards, rows, strict=False)["score"] == pytest.approx(5.8 / 8)
+    # GenEval's files name the category themselves.
+    rows = [{"prompt": "a dog", "tag": "colors"}] * 4
+    assert summarize(rewards, rows, strict=True)["categories"] == pytest.approx({"colors": 3 / 8})
+
+
+def test_a_table_compares_the_same_prompts_and_notices_a_fall():
+    rows = [{"prompt": prompt} for prompt in ("a star", "a ring", "two rings", "three rings")]
+    before = torch.tensor([[5.0, 5.2], [4.0, 4.2], [6.0, 6.2], [1.0, 1.2]])   # prompts differ much, noises little
+    for after, fell in ((before - 0.1, True), (before + 0.1, False),
+                        (before + torch.tensor([[0.1], [-0.2], [0.1], [-0.2]]), False)):
+        table, noticed = comparison("aesthetic", before, after, rows, strict=False)
+        assert noticed == fell, table
+    assert re.search(r"aesthetic +before +after +change\nsingle_object +4.600 +4.550 +-0.050\n"
+                     r"counting +3.600 +3.550 +-0.050\nall +4.100 +4.050 +-0.050\n", table)
+    strict, _ = comparison("shapes", torch.tensor([[1.0, 0.5]] * 4), torch.tensor([[1.0, 1.0]] * 4), rows, strict=True)
+    assert re.search(r"strict accuracy, shapes .*\n(.*\n)*all +0.500 +1.000 +\+0.500\n.*\nmean reward +0.750", strict)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -527,8 +628,37 @@ def test_prompts_outside_the_grammar_are_refused(prompt):
         parse_prompt(prompt)
 
 
+GENEVAL = [  # as published by GenEval and, for training, by Flow-GRPO
+    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+    {"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}],
+     "prompt": "a photo of two cups"},
+    {"tag": "position", "include": [{"class": "dog", "count": 1},
+                                    {"class": "tv", "count": 1, "position": ["left of", 0]}],
+     "prompt": "a photo of a tv left of a dog"}]
+
+
+def test_prompt_files_of_geneval_and_of_ocr_are_read_as_they_are(tmp_path):
+    path = tmp_path / "geneval.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*GENEVAL, GENEVAL[0]]) + "\n\n")
+    assert load_prompts(path) == GENEVAL   # each prompt once, its fields beside it
+    path = tmp_path / "ocr.txt"
+    path.write_bytes('\ufeffA sign that says "Café 24"\r\n\r\nA poster with "SALE"\r\n'.encode())
+    assert load_prompts(path) == [{"prompt": 'A sign that says "Café 24"'}, {"prompt": 'A poster with "SALE"'}]
+
+
+@pytest.mark.parametrize("line, sentence", [
+    ('{"prompt": "a', "line 2: no JSON"), ('["a star"]', 'line 2: not an object with a text as its "prompt"'),
+    ('{"text": "a star"}', "line 2: not an object"), ('{"prompt": 3}', "line 2: not an object"),
+    ('{"prompt": " "}', "line 2: not an object")])
+def test_a_faulty_line_of_a_jsonl_file_is_named(tmp_path, line, sentence):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a star"}\n' + line + "\n")
+    with pytest.raises(UserError, match=sentence):
+        load_prompts(tmp_path / "p.jsonl")
+
+
 def test_prompt_files_are_disjoint_and_have_every_category():
-    train, heldout = (load_prompts(ROOT / "shapes" / name) for name in ("prompts.txt", "heldout.txt"))
+    train, heldout = ([row["prompt"] for row in load_prompts(ROOT / "shapes" / name)]
+                      for name in ("prompts.txt", "heldout.txt"))
     assert not set(train) & set(heldout)
     for prompts in (train, heldout):
         assert {parse_prompt(prompt)["category"] for prompt in prompts} == set(CATEGORIES)
@@ -616,10 +746,10 @@ def test_jpeg_rewards_are_file_sizes_of_opposite_sign(tmp_path):
 
 
 def test_every_prompt_is_drawn_once_before_any_is_drawn_again():
-    config, prompts = Config(groups_per_step=3), [f"prompt {i}" for i in range(10)]
-    drawn = [prompt for step in range(10) for prompt in prompts_of_step(prompts, step, config)]
+    config, rows = Config(groups_per_step=3), [{"prompt": f"prompt {i}"} for i in range(10)]
+    drawn = [row["prompt"] for step in range(10) for row in rows_of_step(rows, step, config)]
     epochs = [drawn[i:i + 10] for i in (0, 10, 20)]
-    assert all(sorted(epoch) == prompts for epoch in epochs) and epochs[0] != epochs[1]
+    assert all(sorted(epoch) == [row["prompt"] for row in rows] for epoch in epochs) and epochs[0] != epochs[1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -729,6 +859,76 @@ def test_training_raises_the_reward(tmp_path):
     assert last.mean() - first.mean() > 3 * standard_error
 
 
+@pytest.fixture(scope="module")
+def sd35(tmp_path_factory):
+    """A random pipeline with all that Stable Diffusion 3.5 has, a T5 and dual attention too, saved to a folder."""
+    torch.manual_seed(28)
+    clip_tokenizer = build_tokenizer()
+    clip_tokenizer.model_max_length = 40
+    clip = CLIPTextConfig(vocab_size=len(clip_tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, max_position_embeddings=40, projection_dim=16,
+                          bos_token_id=clip_tokenizer.bos_token_id, eos_token_id=clip_tokenizer.eos_token_id)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    t5_tokenizer = T5Tokenizer(vocab=pieces + [(chr(c), -3.0) for c in range(97, 123)], extra_ids=0)
+    t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    preset = throughput.PRESETS["tiny"]
+    pipe = StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(**{**preset["transformer"], "joint_attention_dim": 40}),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKL(**preset["vae"]),
+        text_encoder=CLIPTextModelWithProjection(clip), tokenizer=clip_tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(clip), tokenizer_2=clip_tokenizer,
+        text_encoder_3=T5EncoderModel(t5), tokenizer_3=t5_tokenizer)
+    folder = tmp_path_factory.mktemp("sd35")
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_a_pipeline_with_t5_goes_through_the_whole_command_line(sd35, tmp_path, capsys):
+    prompts = tmp_path / "geneval.jsonl"
+    prompts.write_text("".join(json.dumps({**row, "prompt": f"{row['prompt']} {word}"}) + "\n"
+                               for row in GENEVAL for word in ("", "at night", "by day", "in rain")))
+    (tmp_path / "mine.py").write_text("def tagged(images, prompts, metadata):\n"
+                                      "    return [len(m['tag']) + i.getpixel((3, 3))[0] / 255 for i, m in "
+                                      "zip(images, metadata)]\n")
+    common = ["--model", sd35, "--prompt-file", prompts, "--dtype", "bfloat16", "--guidance-scale", 4.5,
+              "--max-sequence-length", 30, "--resolution", 24, "--rollout-batch-size", 4]
+    assert run(tmp_path / "run", *common, "--steps", 2, "--reward", f"{tmp_path}/mine.py:tagged", "--eval-reward",
+               "jpeg_compressibility", "--reference-guidance-scale", 2, "--gradient-checkpointing",
+               "--train-batch-size", 2, "--text-cache-size", 2, "--rollout-old-after", 1, "--learning-rate", 0.1) == 0
+    printed = capsys.readouterr().out
+    assert "mine.py:tagged" in printed and re.search(r"jpeg_compressibility +before", printed)
+    last = metrics_of(tmp_path / "run")[-1]
+    assert set(last["eval_judges"]) == {"jpeg_compressibility"} and last["eval_judges"]["jpeg_compressibility"] < 0
+    assert set(last["eval_categories"]) <= {row["tag"] for row in GENEVAL}
+    # With no file of held-out prompts, config.json names those that were put aside.
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert len(config["held_out"]) == 1 and config["held_out"][0] in prompts.read_text()
+
+    # The trained LoRA against the base, judged by two rewards on all prompts of the file.
+    capsys.readouterr()
+    assert run(tmp_path / "scores", *common, "--evaluate", "--lora", tmp_path / "run/lora", "--eval-prompts", 6,
+               "--reward", f"jpeg_incompressibility,{tmp_path}/mine.py:tagged") == 0
+    table = json.loads((tmp_path / "scores/evaluation.json").read_text())["rewards"]
+    assert list(table) == ["jpeg_incompressibility", f"{tmp_path}/mine.py:tagged"]
+    for scores in table.values():
+        assert set(scores) == {"base", "lora"} and set(scores["base"]) == {"reward", "score", "error", "categories"}
+        assert scores["base"]["score"] != scores["lora"]["score"]
+    assert (tmp_path / "scores/before_after.png").exists()
+    # Without a LoRA, the base alone; without a T5, zeros in its place, so other images.
+    assert run(tmp_path / "no-t5", *common, "--evaluate", "--no-t5", "--eval-prompts", 6, "--reward",
+               "jpeg_incompressibility") == 0
+    without = json.loads((tmp_path / "no-t5/evaluation.json").read_text())["rewards"]["jpeg_incompressibility"]
+    assert set(without) == {"base"} and without["base"] != table["jpeg_incompressibility"]["base"]
+
+
+def test_the_throughput_benchmark_prints_its_table(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", "throughput.py --preset tiny --device cpu --group-size 3 --repeats 1".split())
+    throughput.main()
+    header, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines())
+    values = dict(zip(header, row, strict=True))
+    assert all(float(values[name]) > 0 for name in ("rollout, images/s", "update, samples/s", "step / bare"))
+
+
 # ------------------------------------------------------------------------------------------------
 # THE COMMAND LINE
 # ------------------------------------------------------------------------------------------------
@@ -770,6 +970,8 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
             (["--beta", "nan"], "--beta must"),
             (["--updates-per-rollout", 3], "--updates-per-rollout 3 must divide"),
             (["--lora-targets", "nothing"], "--lora-targets nothing"),
+            (["--lora", tmp_path], "--lora is for --evaluate"),
+            (["--evaluate", "--lora", tmp_path], "pytorch_lora_weights.safetensors there cannot be read"),
             (["--model", tmp_path / "absent"], "absent cannot be loaded as an SD3 pipeline"),
             (["--model", tmp_path / "folder"], "no readable model_index.json"),
             (["--model", tmp_path / "other"], "other holds a FluxPipeline, not a StableDiffusion3Pipeline"),
@@ -785,12 +987,13 @@ def test_the_command_itself_prints_that_sentence_alone(tmp_path):
     long = tmp_path / "long.txt"
     long.write_text("a red star left of a blue ring and a green cross\n")
     for flags, sentence in ((["--device", "cuda"], "torch sees no GPU"),
+                            (["--device", "cpu", "--model", "nobody/absent"], "check the network, or give a folder"),
                             (["--device", "cpu", "--prompt-file", long], "long.txt, line 1: the prompt")):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", ROOT / "dgpo.py", "--model", MODEL,
              "--prompt-file", ROOT / "shapes/prompts.txt", "--output-dir", tmp_path / "run", *flags],
             capture_output=True, text=True,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"})
         assert done.returncode == 2 and done.stdout == ""
         assert sentence in refusal(done.stderr) and done.stderr.count("\n") == 1
 

@@ -1,0 +1,165 @@
+"""How fast a training step is, and how much of it is not the transformer's own time.
+
+    python benchmarks/throughput.py                       # Stable Diffusion 3.5 Medium, 512x512, on the device there is
+    python benchmarks/throughput.py --compile             # the same with compiled transformer blocks
+    python benchmarks/throughput.py --preset tiny         # a few seconds on a CPU
+
+Transformer and VAE are built at full size with random weights from the configurations below, so nothing is downloaded;
+prompt embeddings are random too, as the text encoders take no part in a step.  Every repetition times, in turn and in
+one process, dgpo.py's own `rollout` and `update` and the bare transformer calls that they cannot do without: the same
+forwards and backwards, with the same LoRA and batch sizes, called directly and with nothing around them.
+"""
+
+import argparse
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from dgpo import SD3, Config, group_advantages, rollout, update  # noqa: E402
+
+# `tokens`: text tokens a prompt, 77 of CLIP and 256 of T5; `settings`: flags of dgpo.py, the paper's for SD3.5-M.
+PRESETS = {
+    "sd3.5-medium": {
+        "transformer": dict(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm"),
+        "vae": dict(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, layers_per_block=2, norm_num_groups=32,
+            scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        "tokens": 77 + 256,
+        "settings": dict(dtype="bfloat16", resolution=512, num_inference_steps=10, guidance_scale=4.5, lora_rank=64,
+                         updates_per_rollout=1, reference_decay=1.0)},
+    "tiny": {
+        "transformer": dict(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=32,
+            pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm="rms_norm"),
+        "vae": dict(
+            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, layers_per_block=1, scaling_factor=1.0,
+            shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False),
+        "tokens": 10,
+        "settings": dict(dtype="float32", num_inference_steps=4, guidance_scale=1.0, lora_rank=4,
+                         updates_per_rollout=1, reference_decay=1.0)},
+}
+
+
+def random_model(preset, config, prompts):
+    """The SD3 class of dgpo.py around random weights, with random embeddings for the prompts."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    with torch.device(config.device):
+        transformer = SD3Transformer2DModel(**preset["transformer"])
+    torch.set_default_dtype(default)
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer, vae=AutoencoderKL(**preset["vae"]), scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
+    model = SD3(pipe, config)
+    width, pooled = (preset["transformer"][f"{name}_dim"] for name in ("joint_attention", "pooled_projection"))
+    model.text_cache = {p: [torch.randn(shape, dtype=model.dtype) for shape in ((preset["tokens"], width), (pooled,))]
+                        for p in ["", *prompts]}
+    return model
+
+
+def seconds(function, device):
+    """Wall-clock seconds of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def bare_rollout(model, prompts, config):
+    """The transformer calls of a rollout and nothing else: [B] images in batches, one forward a step."""
+    for i in range(0, len(prompts), config.rollout_batch_size):
+        text = model.encode(prompts[i:i + config.rollout_batch_size])
+        x = torch.randn(len(text[0]), *model.latent_shape, device=model.device)
+        for _ in range(config.num_inference_steps):
+            with torch.no_grad():
+                model.velocity(x, 0.5, text, "current", config.guidance_scale)
+
+
+def bare_update(model, prompts, config):
+    """The transformer calls of an update: reference, old policy, and the current one forward and backward."""
+    for i in range(0, len(prompts), config.train_batch_size):
+        text = model.encode(prompts[i:i + config.train_batch_size])
+        x = torch.randn(len(text[0]), *model.latent_shape, device=model.device)
+        with torch.no_grad():
+            for policy in ("base", "old"):
+                model.velocity(x, 0.5, text, policy)
+        model.velocity(x, 0.5, text, "current").sum().backward()
+    for tensor in model.lora.weights("current"):
+        tensor.grad = None
+
+
+def measure(preset, config, repeats):
+    """Median seconds over the repetitions: dict with rollout, update and their bare counterparts, and peak memory."""
+    prompts = [f"prompt {i}" for i in range(config.groups_per_step)]
+    model = random_model(preset, config, prompts)
+    P, G = config.groups_per_step, config.group_size
+    repeated = [prompt for prompt in prompts for _ in range(G)]
+    optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=1e-6)
+    advantages = group_advantages(torch.rand(P, G)).to(model.device)
+    noise = torch.randn(P * G, *model.latent_shape)
+    x0 = noise.view(P, G, *model.latent_shape).to(model.device)
+    parts = {
+        "rollout": lambda: rollout(model, repeated, noise, config.num_inference_steps, "current", config),
+        "bare_rollout": lambda: bare_rollout(model, repeated, config),
+        "update": lambda: update(model, optimizer, x0, prompts, advantages, config, step=0),
+        "bare_update": lambda: bare_update(model, repeated * config.timesteps_per_rollout, config)}
+    times = {name: [] for name in parts}
+    for repeat in range(repeats + 1):   # the first warms up: compiling, choosing kernels
+        for name, function in parts.items():
+            times[name].append(seconds(function, model.device))
+        if repeat == 0 and model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    memory = (torch.cuda.max_memory_allocated(model.device) if model.device.type == "cuda"
+              else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return medians | {"first_step": times["rollout"][0] + times["update"][0], "peak_memory": memory}
+
+
+def main():
+    """Print one row of the table in README."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="sd3.5-medium")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--groups-per-step", type=int, default=2)
+    parser.add_argument("--group-size", type=int, default=24)
+    parser.add_argument("--rollout-batch-size", type=int, default=24)
+    parser.add_argument("--train-batch-size", type=int, default=24)
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = vars(parser.parse_args())
+    preset, repeats = PRESETS[arguments.pop("preset")], arguments.pop("repeats")
+    config = Config(**preset["settings"], **arguments)
+    row = measure(preset, config, repeats)
+    images = config.groups_per_step * config.group_size
+    samples = images * config.timesteps_per_rollout
+    step, bare = row["rollout"] + row["update"], row["bare_rollout"] + row["bare_update"]
+    columns = {
+        "compiled": config.compile, "checkpointing": config.gradient_checkpointing,
+        "batch of rollout, update": f"{config.rollout_batch_size}, {config.train_batch_size}",
+        "rollout, images/s": f"{images / row['rollout']:.2f}", "update, samples/s": f"{samples / row['update']:.2f}",
+        "rollout / bare": f"{row['rollout'] / row['bare_rollout']:.3f}",
+        "update / bare": f"{row['update'] / row['bare_update']:.3f}", "step / bare": f"{step / bare:.3f}",
+        "peak memory, GB": f"{row['peak_memory'] / 1e9:.1f}", "first step, s": f"{row['first_step']:.0f}"}
+    for line in (columns, ["---"] * len(columns), columns.values()):
+        print("| " + " | ".join(map(str, line)) + " |")
+
+
+if __name__ == "__main__":
+    main()
