@@ -756,8 +756,9 @@ def test_every_prompt_is_drawn_once_before_any_is_drawn_again():
 # RUNS: files, resuming, training
 # ------------------------------------------------------------------------------------------------
 
-TINY = ("--lora-rank 4 --groups-per-step 2 --group-size 3 --num-inference-steps 2 --timesteps-per-rollout 2 "
-        "--updates-per-rollout 2 --eval-prompts 2 --eval-images 2 --eval-num-inference-steps 2").split()
+TINY = ("--reward shapes --lora-rank 4 --groups-per-step 2 --group-size 3 --num-inference-steps 2 "
+        "--timesteps-per-rollout 2 --updates-per-rollout 2 --eval-prompts 2 --eval-images 2 "
+        "--eval-num-inference-steps 2").split()
 
 
 def run(folder, *flags):
@@ -942,6 +943,14 @@ def refusal(stderr):
     return sentence
 
 
+def test_another_model_gets_the_papers_settings_unless_told_otherwise():
+    embedded = parse_arguments(["--prompt-file", "p.txt", "--model", str(MODEL)])
+    assert embedded == Config(prompt_file="p.txt", model=str(MODEL))
+    paper = parse_arguments(["--prompt-file", "p.txt", "--model", "someone/sd3.5", "--group-size", "8"])
+    assert (paper.groups_per_step, paper.guidance_scale, paper.reward, paper.group_size) == (24, 4.5, "pickscore", 8)
+    paper.check()
+
+
 def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, capsys):
     def write(name, content):
         path = tmp_path / name
@@ -987,7 +996,8 @@ def test_the_command_itself_prints_that_sentence_alone(tmp_path):
     long = tmp_path / "long.txt"
     long.write_text("a red star left of a blue ring and a green cross\n")
     for flags, sentence in ((["--device", "cuda"], "torch sees no GPU"),
-                            (["--device", "cpu", "--model", "nobody/absent"], "check the network, or give a folder"),
+                            (["--device", "cpu", "--model", "nobody/absent", "--reward", "shapes"],
+                             "check the network, or give a folder"),
                             (["--device", "cpu", "--prompt-file", long], "long.txt, line 1: the prompt")):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", ROOT / "dgpo.py", "--model", MODEL,
