@@ -3,6 +3,7 @@
     python benchmarks/throughput.py                       # Stable Diffusion 3.5 Medium, 512x512, on the device there is
     python benchmarks/throughput.py --compile             # the same with compiled transformer blocks
     python benchmarks/throughput.py --preset tiny         # a few seconds on a CPU
+    python benchmarks/throughput.py --count-memory        # what a step keeps on the device, counted on any machine
 
 Transformer and VAE are built at full size with random weights from the configurations below, so nothing is downloaded;
 prompt embeddings are random too, as the text encoders take no part in a step.  Every repetition times, in turn and in
@@ -130,8 +131,53 @@ def measure(preset, config, repeats):
     return medians | {"first_step": times["rollout"][0] + times["update"][0], "peak_memory": memory}
 
 
+def count_memory(preset, config):
+    """Gigabytes that training keeps, counted tensor by tensor in one forward pass of one sample: dict of floats.
+
+    What autograd saves is caught with hooks, so a CPU will do (its fused attention saves what a GPU's does).  With
+    gradient checkpointing, the inputs of all blocks are kept and, while its gradient is taken, one block's activations.
+    """
+    model = random_model(preset, config, ["prompt"])
+    lora = model.lora.weights("current")
+    weights = {t.untyped_storage().data_ptr() for t in [*model.transformer.parameters(), *lora]}
+    saved, inputs, saved_before = {}, {}, []
+
+    def keep(found, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def enter_block(module, args, kwargs):
+        saved_before.append(sum(saved.values()))
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor):
+                keep(inputs, value)
+
+    for block in model.transformer.transformer_blocks:
+        block.register_forward_pre_hook(enter_block, with_kwargs=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: keep(saved, t), lambda t: t):
+        v = model.velocity(torch.randn(1, *model.latent_shape), 0.5, model.encode(["prompt"]), "current")
+    whole = sum(saved.values())
+    blocks = [after - before for before, after in zip(saved_before, [*saved_before[1:], whole])]
+    sizes = {"transformer": sum(p.numel() * p.element_size() for p in model.transformer.parameters()),
+             "VAE": sum(p.numel() * p.element_size() for p in model.vae.parameters()),
+             # current, old and EMA weights, a gradient, and AdamW's two moments
+             "LoRA, policies and optimizer": 6 * sum(t.numel() * t.element_size() for t in lora),
+             "activations of a sample": whole,
+             "with gradient checkpointing": sum(inputs.values()) + max(blocks)}
+    assert v.requires_grad   # what was saved is alive up to here, so no address was counted for two tensors
+    return {name: size / 1e9 for name, size in sizes.items()}
+
+
+def print_table(columns):
+    """Print a dict as a Markdown table of one row."""
+    for line in (columns, ["---"] * len(columns), columns.values()):
+        print("| " + " | ".join(map(str, line)) + " |")
+
+
 def main():
-    """Print one row of the table in README."""
+    """Print one row of a table in README."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="sd3.5-medium")
@@ -143,22 +189,25 @@ def main():
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--count-memory", action="store_true")
     arguments = vars(parser.parse_args())
     preset, repeats = PRESETS[arguments.pop("preset")], arguments.pop("repeats")
+    if arguments.pop("count_memory"):
+        config = Config(**preset["settings"], device="cpu")
+        print_table({name: f"{size:.3g} GB" for name, size in count_memory(preset, config).items()})
+        return
     config = Config(**preset["settings"], **arguments)
     row = measure(preset, config, repeats)
     images = config.groups_per_step * config.group_size
     samples = images * config.timesteps_per_rollout
     step, bare = row["rollout"] + row["update"], row["bare_rollout"] + row["bare_update"]
-    columns = {
+    print_table({
         "compiled": config.compile, "checkpointing": config.gradient_checkpointing,
         "batch of rollout, update": f"{config.rollout_batch_size}, {config.train_batch_size}",
         "rollout, images/s": f"{images / row['rollout']:.2f}", "update, samples/s": f"{samples / row['update']:.2f}",
         "rollout / bare": f"{row['rollout'] / row['bare_rollout']:.3f}",
         "update / bare": f"{row['update'] / row['bare_update']:.3f}", "step / bare": f"{step / bare:.3f}",
-        "peak memory, GB": f"{row['peak_memory'] / 1e9:.1f}", "first step, s": f"{row['first_step']:.0f}"}
-    for line in (columns, ["---"] * len(columns), columns.values()):
-        print("| " + " | ".join(map(str, line)) + " |")
+        "peak memory, GB": f"{row['peak_memory'] / 1e9:.1f}", "first step, s": f"{row['first_step']:.0f}"})
 
 
 if __name__ == "__main__":
