@@ -19,8 +19,8 @@ Departures from the paper and from its authors' published settings:
     rollout's grid: a grid of 10 steps has only 5 or 6 points above t_min, and strata lower the gradient's variance.
  2. `--updates-per-rollout` may split the M timesteps over several optimizer steps (the authors take one).
  3. Groups without signal (all rewards equal) are not trained on at all, so the KL term leaves them out too.
- 4. By default, for the embedded job, the reference of S follows the policy (`--reference-decay`) and the learning rate
-    falls; the KL term always pulls towards the frozen model.  The paper's reference is frozen, its rate constant.
+ 4. For the embedded job the learning rate falls; the authors' is constant.  With a moving reference
+    (`--reference-decay` below 1) the KL term still pulls towards the frozen model.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def flag(name):
 PAPER = dict(
     dtype="bfloat16", reward="pickscore", steps=1000, groups_per_step=24, group_size=24, num_inference_steps=10,
     guidance_scale=4.5, resolution=512, max_sequence_length=256, rollout_old_after=200, updates_per_rollout=1,
-    clip_range=1e-3, kl_weight=1e-3, reference_decay=1.0, old_decay=0.3, old_decay_ramp=1e-3, learning_rate=3e-4,
+    beta=100.0, clip_range=1e-3, kl_weight=1e-3, old_decay=0.3, old_decay_ramp=1e-3, learning_rate=3e-4,
     learning_rate_decay=0, lora_rank=64, ema_decay=0.987, rollout_batch_size=24, train_batch_size=24,
     gradient_checkpointing=True, eval_num_inference_steps=14)
 
@@ -107,7 +107,7 @@ class Config:
     max_sequence_length: int = setting(1, "T5 tokens; without a T5, the zero tokens in its place (paper: 256)", low=0)
     rollout_old_after: int = setting(0, "updates before rollouts use the old policy, 0: never (paper: 200)", low=0)
     # Objective
-    beta: float = setting(100.0, "strength of the preference inside the sigmoid (paper: 10 to 100)", low=1e-6)
+    beta: float = setting(10.0, "strength of the preference inside the sigmoid (paper: 10 to 100)", low=1e-6)
     t_min: float = setting(0.3, "lowest timestep trained on, before the shift (paper: 0.3 to 0.4)", low=0, high=0.99)
     timesteps_per_rollout: int = setting(4, "M, timesteps trained on for each group (paper: 4)")
     updates_per_rollout: int = setting(4, "optimizer steps the M timesteps are split over (paper: 1)")
@@ -115,7 +115,7 @@ class Config:
     clip_range: float = setting(0.01, "PPO-style clip of exp(old error - error), 0: none (paper: 1e-3..1e-2)", low=0)
     kl_weight: float = setting(0.01, "weight of mean (v - v_frozen)^2 (paper: 1e-3 to 2e-2)", low=0)
     reference_guidance_scale: float = setting(1.0, "guidance of the reference's velocity (paper: 1)", low=0)
-    reference_decay: float = setting(0.99, "EMA decay of the reference, an update; 1: frozen (paper: 1)", low=0, high=1)
+    reference_decay: float = setting(1.0, "EMA decay of the reference, an update; 1: frozen (paper: 1)", low=0, high=1)
     old_decay: float = setting(0.5, "EMA decay of the old policy, an update (paper: 0.3)", low=0, high=1)
     old_decay_ramp: float = setting(1.0, "old_decay is at most this times the updates done (paper: 0.001)", low=0)
     # Optimisation

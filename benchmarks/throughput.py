@@ -22,9 +22,9 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dgpo import SD3, Config, group_advantages, rollout, update  # noqa: E402
+from dgpo import PAPER, SD3, Config, group_advantages, rollout, update  # noqa: E402
 
-# `tokens`: text tokens a prompt, 77 of CLIP and 256 of T5; `settings`: flags of dgpo.py, the paper's for SD3.5-M.
+# `tokens`: text tokens a prompt, 77 of CLIP and 256 of T5; `settings`: those of dgpo.py.
 PRESETS = {
     "sd3.5-medium": {
         "transformer": dict(
@@ -36,8 +36,7 @@ PRESETS = {
             up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, layers_per_block=2, norm_num_groups=32,
             scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         "tokens": 77 + 256,
-        "settings": dict(dtype="bfloat16", resolution=512, num_inference_steps=10, guidance_scale=4.5, lora_rank=64,
-                         updates_per_rollout=1, reference_decay=1.0)},
+        "settings": PAPER},
     "tiny": {
         "transformer": dict(
             sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
@@ -48,8 +47,7 @@ PRESETS = {
             up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, layers_per_block=1, scaling_factor=1.0,
             shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False),
         "tokens": 10,
-        "settings": dict(dtype="float32", num_inference_steps=4, guidance_scale=1.0, lora_rank=4,
-                         updates_per_rollout=1, reference_decay=1.0)},
+        "settings": dict(num_inference_steps=4, lora_rank=4, updates_per_rollout=1)},
 }
 
 
@@ -193,10 +191,10 @@ def main():
     arguments = vars(parser.parse_args())
     preset, repeats = PRESETS[arguments.pop("preset")], arguments.pop("repeats")
     if arguments.pop("count_memory"):
-        config = Config(**preset["settings"], device="cpu")
+        config = Config(**{**preset["settings"], "device": "cpu", "gradient_checkpointing": False})
         print_table({name: f"{size:.3g} GB" for name, size in count_memory(preset, config).items()})
         return
-    config = Config(**preset["settings"], **arguments)
+    config = Config(**{**preset["settings"], **arguments})
     row = measure(preset, config, repeats)
     images = config.groups_per_step * config.group_size
     samples = images * config.timesteps_per_rollout
