@@ -834,7 +834,8 @@ class RunFolder:
         """Write an evaluation's metrics line, its picture grid and the curve so far; `scores` as from `evaluate`."""
         (target, *_), strict = rewards, next(iter(rewards.values())).strict
         summary = summarize(scores[target], rows, strict)
-        judges = {name: summarize(scores[name], rows, False)["score"] for name in rewards if name != target}
+        judges = {name: summarize(scores[name], rows, judge.strict)["score"]
+                  for name, judge in rewards.items() if name != target}
         self.log({"step": step, "evaluation": True, **{f"eval_{key}": value for key, value in summary.items()},
                   **({"eval_judges": judges} if judges else {})})
         n, k = min(12, len(rows)), scores[target].shape[1]
