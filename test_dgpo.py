@@ -848,7 +848,7 @@ def test_training_raises_the_reward(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a star and a triangle\nfour red squares\na purple square left of a pink cross\n"
                        "an orange cross and a black triangle\n")
-    steps, window = 30, 6
+    steps, window = 24, 6
     defaults = Config()
     assert run(tmp_path / "run", "--prompt-file", prompts, "--eval-prompt-file", prompts, "--steps", steps,
                "--groups-per-step", 4, "--group-size", defaults.group_size, "--num-inference-steps", 6,
