@@ -418,9 +418,12 @@ class SD3:
         if config.compile:
             for block in self.transformer.transformer_blocks:   # one by one: they share their code, hence the compiling
                 block.compile(dynamic=True)
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        side = config.resolution // factor or self.transformer.config.sample_size
-        self.latent_shape = (self.transformer.config.in_channels, side, side)
+        shape, factor = self.transformer.config, 2 ** (len(self.vae.config.block_out_channels) - 1)
+        step, most = shape.patch_size * factor, shape.patch_size * factor * shape.pos_embed_max_size
+        if config.resolution % step or config.resolution > most:
+            raise UserError(f"--resolution {config.resolution}: this model wants a multiple of {step}, at most {most}")
+        side = config.resolution // factor or shape.sample_size
+        self.latent_shape = (shape.in_channels, side, side)
         # An image of 1024 x 1024 takes about 4 GB to decode, so pixels, not images, are what is counted.
         self.decode_batch_size = max(1, 2 ** 21 // (side * factor) ** 2)
         self.text_cache, self.empty_text = {}, None
@@ -1037,8 +1040,8 @@ def parse_arguments(arguments=None):
     """The command line as a Config: one flag per field."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Defaults with any other --model: " + ", ".join(f"{flag(k)} {v}" for k, v in PAPER.items()))
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, epilog="Defaults with any other --model: "
+        + " ".join(flag(name) if value is True else f"{flag(name)} {value}" for name, value in PAPER.items()))
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
         parser.add_argument(flag(field.name), default=field.default, **kind, **field.metadata["argparse"])

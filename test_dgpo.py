@@ -980,6 +980,8 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
             (["--updates-per-rollout", 3], "--updates-per-rollout 3 must divide"),
             (["--lora-targets", "nothing"], "--lora-targets nothing"),
             (["--lora", tmp_path], "--lora is for --evaluate"),
+            (["--resolution", 36], "--resolution 36: this model wants a multiple of 8, at most 64"),
+            (["--resolution", 72], "--resolution 72: this model wants a multiple of 8, at most 64"),
             (["--evaluate", "--lora", tmp_path], "pytorch_lora_weights.safetensors there cannot be read"),
             (["--model", tmp_path / "absent"], "absent cannot be loaded as an SD3 pipeline"),
             (["--model", tmp_path / "folder"], "no readable model_index.json"),
