@@ -3,6 +3,7 @@
     reward = load_reward("shapes")                                   # a reward of this file
     reward = load_reward("shapes:1.0,jpeg_compressibility:-0.01")    # a weighted sum
     reward = load_reward("my_rewards.py:brightness")                 # a function of your own
+    reward = load_reward("pickscore,aesthetic=models/aesthetic:0.1", "cuda")   # rewards that are models, see MODELS
     scores = reward(images, prompts, metadata)                       # [B] float32, higher is better
 
 `images` is a list of PIL images, `prompts` a list of strings and `metadata` a list of dicts, all of length B.
@@ -14,6 +15,7 @@ import importlib.util
 import io
 import itertools
 import math
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+
+class RewardError(Exception):
+    """A reward that cannot be loaded, raises, or returns something else than one finite number per image."""
+
 
 # ------------------------------------------------------------------------------------------------
 # The grammar of the embedded world: GenEval's six categories over six shapes and eight colours
@@ -233,12 +240,8 @@ def shapes(images, prompts, metadata):
 
 
 # ------------------------------------------------------------------------------------------------
-# Rewards that need no model, and the way a reward is named on the command line
+# Rewards that need no model
 # ------------------------------------------------------------------------------------------------
-
-
-class RewardError(Exception):
-    """A reward that cannot be loaded, raises, or returns something else than one finite number per image."""
 
 
 def jpeg_compressibility(images, prompts, metadata):
@@ -256,18 +259,178 @@ def jpeg_incompressibility(images, prompts, metadata):
     return torch.tensor(sizes)
 
 
+# ------------------------------------------------------------------------------------------------
+# Rewards that are models: loaded once, from a local folder or the hub, in half precision on a GPU
+# ------------------------------------------------------------------------------------------------
+
+# What each reward loads: part -> hub id, "." being the model itself.  `reward=PATH` takes "." from the folder or hub id
+# PATH; a reward whose parts are all named takes them from the subfolders PATH/part.
+MODELS = {
+    "pickscore": {".": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
+    "clipscore": {".": "openai/clip-vit-large-patch14"},
+    "aesthetic": {".": "openai/clip-vit-large-patch14", "head": "trl-lib/ddpo-aesthetic-predictor"},
+}
+BATCH_SIZE = 16  # images a forward pass: bounds memory, and the scores do not depend on it
+
+
+def model_paths(name, source):
+    """Where the parts of a reward are, {part: folder or hub id}: the default ids, or as `name=source` says."""
+    paths = MODELS[name]
+    if source is None:
+        return paths
+    if "." in paths:
+        return {**paths, ".": source}
+    folders = {part: os.path.join(source, part) for part in paths}
+    if not all(os.path.isdir(folder) for folder in folders.values()):
+        raise RewardError(f"--reward {name}={source}: there must be a folder {source} with the subfolders "
+                          + " and ".join(f"{part} (the files of {paths[part]})" for part in paths))
+    return folders
+
+
+def load_pretrained(auto_class, path, device=None, dtype=None):
+    """`from_pretrained` that asks no hub for a folder; with a device, a frozen model in evaluation mode on it."""
+    options = {"local_files_only": os.path.isdir(path)}
+    if device is None:
+        return auto_class.from_pretrained(path, **options)
+    dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
+    model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    # transformers draws weights that are missing at random and only warns: such a judge would score noise.
+    missing = sorted(set(info["missing_keys"]) & {key for key, _ in model.named_parameters()})
+    if missing:
+        raise RewardError(f"{path} is no {type(model).__name__}: it has no weights for {missing[0]}")
+    return model.to(device).requires_grad_(False).eval()
+
+
+def batches(items, size=BATCH_SIZE):
+    """Cut a list into lists of at most `size`."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def load_clip(path, processor_path, device):
+    """A CLIP model and its processor, to be handed to embed_images and embed_texts as one."""
+    from transformers import CLIPModel, CLIPProcessor
+    return load_pretrained(CLIPModel, path, device), load_pretrained(CLIPProcessor, processor_path)
+
+
+def unit_embeddings(features):
+    """What get_image_features or get_text_features returns (transformers 5: an output object) -> float32, length 1."""
+    return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
+
+
+@torch.no_grad()
+def embed_images(clip, images):
+    """CLIP embeddings of B PIL images, float32 [B, D], each of length 1."""
+    model, processor = clip
+    parts = []
+    for batch in batches(images):
+        pixels = processor(images=[image.convert("RGB") for image in batch], return_tensors="pt").pixel_values
+        parts.append(unit_embeddings(model.get_image_features(pixel_values=pixels.to(model.device, model.dtype))))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def embed_texts(clip, texts):
+    """CLIP embeddings of B strings, float32 [B, D], each of length 1; what lies beyond CLIP's 77 tokens is cut off."""
+    model, processor = clip
+    unique, parts = list(dict.fromkeys(texts)), []  # a group's images share their prompt
+    for batch in batches(unique):
+        tokens = processor(text=batch, padding=True, truncation=True, return_tensors="pt",
+                           max_length=model.config.text_config.max_position_embeddings).to(model.device)
+        parts.append(unit_embeddings(model.get_text_features(input_ids=tokens.input_ids,
+                                                             attention_mask=tokens.attention_mask)))
+    return torch.cat(parts)[[unique.index(text) for text in texts]]
+
+
+def cosines(clip, images, texts):
+    """Cosine of each image with its own text: float32 [B]."""
+    return (embed_images(clip, images) * embed_texts(clip, texts)).sum(-1)
+
+
+def load_pickscore(paths, device):
+    """PickScore (arXiv 2305.01569): exp(logit_scale) cos(image, text), about 22 for SD3.5-M as in published tables."""
+    # The authors' processor is the laion one; a local folder may hold it beside the weights.
+    own = os.path.isfile(os.path.join(paths["."], "tokenizer_config.json"))
+    clip = load_clip(paths["."], paths["."] if own else paths["processor"], device)
+    scale = clip[0].logit_scale.float().exp()
+    return lambda images, prompts, metadata: scale * cosines(clip, images, prompts)
+
+
+def load_clipscore(paths, device):
+    """CLIPScore (Hessel et al. 2021, arXiv 2104.08718) without its factor 2.5, in per cent: 100 max(cos, 0)."""
+    clip = load_clip(paths["."], paths["."], device)
+    return lambda images, prompts, metadata: 100 * cosines(clip, images, prompts).clamp(min=0)
+
+
+def load_aesthetic(paths, device):
+    """The LAION aesthetic predictor, about 1 to 10: a linear map of the CLIP ViT-L/14 image embedding (of length 1).
+
+    Its head "sac+logos+ava1-l14-linearMSE" comes from github.com/christophschuhmann/improved-aesthetic-predictor; the
+    hub repository holds the same weights as aesthetic-model.pth.  A local folder holds CLIP and the head side by side.
+    """
+    from huggingface_hub import hf_hub_download
+    from safetensors.torch import load_file
+    clip = load_clip(paths["."], paths["."], device)
+    names = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.safetensors")
+    local = [path for path in (os.path.join(paths["."], name) for name in names) if os.path.isfile(path)]
+    if os.path.isdir(paths["."]) and not local:
+        raise RewardError(f"{paths['.']} holds no head of the aesthetic predictor ({' or '.join(names)})")
+    path = local[0] if local else hf_hub_download(paths["head"], names[0])
+    state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+    # Linear layers with nothing but dropout between them, 768-1024-128-64-16-1: the state dict says it all.
+    layers = [(weight.float().to(device), state[key.replace("weight", "bias")].float().to(device))
+              for key, weight in state.items() if key.endswith("weight")]
+    if layers[0][0].shape[1] != clip[0].config.projection_dim:
+        raise RewardError(f"the aesthetic head {path} takes embeddings of size {layers[0][0].shape[1]}, "
+                          f"the CLIP model {paths['.']} gives {clip[0].config.projection_dim}")
+
+    def aesthetic(images, prompts, metadata):
+        hidden = embed_images(clip, images)
+        for weight, bias in layers:
+            hidden = F.linear(hidden, weight, bias)
+        return hidden[:, 0]
+
+    return aesthetic
+
+
+# ------------------------------------------------------------------------------------------------
+# The way a reward is named on the command line
+# ------------------------------------------------------------------------------------------------
+
 REWARDS = {f.__name__: f for f in (shapes, jpeg_compressibility, jpeg_incompressibility)}
+LOADERS = {"pickscore": load_pickscore, "clipscore": load_clipscore, "aesthetic": load_aesthetic}
 # Rewards under which a picture can be plainly right: for these the share of 1.0s is reported as strict accuracy.
 STRICT_REWARDS = {"shapes"}
 
 
-def load_function(name):
-    """A reward by its name: one of REWARDS, or `path/to/file.py:function`.  Raises RewardError."""
-    if name in REWARDS:
-        return REWARDS[name]
+def load_models(name, source, device):
+    """The reward `name` with its models loaded, from `source` if it is not None.  Raises RewardError."""
+    from transformers.utils import logging as transformers_logging
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    paths = model_paths(name, source)
+    try:
+        return LOADERS[name](paths, device)
+    except RewardError:
+        raise
+    except Exception as error:  # no network, no licence accepted, a wrong folder: each library has its own exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RewardError(f"the reward {name!r} cannot be loaded from {' and '.join(paths.values())}: {reason} "
+                          f"(give --reward {name}=FOLDER with the models' files)") from error
+
+
+def load_function(name, device="cpu"):
+    """A reward by its name: `reward`, `reward=folder or hub id`, or `path/to/file.py:function`.  Raises RewardError."""
+    base, equals, source = name.partition("=")
+    if base in LOADERS:
+        return load_models(base, source if equals else None, device)
+    if base in REWARDS:
+        if equals:
+            raise RewardError(f"the reward {base!r} has no model, so it takes no '={source}'")
+        return REWARDS[base]
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
-        raise RewardError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}, or path/to/file.py:function")
+        known = ", ".join([*REWARDS, *LOADERS])
+        raise RewardError(f"unknown reward {name!r}; known: {known}, or path/to/file.py:function")
     if not Path(path).is_file():
         raise RewardError(f"the reward file {path} does not exist")
     try:
@@ -281,26 +444,35 @@ def load_function(name):
     return getattr(module, function)
 
 
-def load_reward(spec):
-    """Turn `name`, `file.py:function` or a weighted sum `name:weight,name:weight` into one callable.
-
-    The callable takes (images: list of PIL images, prompts: list of str, metadata: list of dict), all of length B, and
-    returns float32 [B].  Its attribute `strict` says whether 1.0 means "all right".  Raises RewardError at once for a
-    name that is not known, and when called for a reward that raises, or returns a wrong length or a NaN.
-    """
+def parse_reward(spec):
+    """`name:weight,name` -> [(name, weight)]; a name may itself contain a colon, as `file.py:function` does."""
     terms = []
-    for item in spec.split(","):
-        name, _, weight = item.strip().rpartition(":")
+    for item in map(str.strip, spec.split(",")):
+        name, _, weight = item.rpartition(":")
         try:
-            terms.append((name, float(weight), load_function(name)) if name else (weight, 1.0, load_function(weight)))
+            terms.append((name, float(weight)) if name else (item, 1.0))
         except ValueError:  # what follows the colon is no number, so it belongs to the name
-            terms.append((item.strip(), 1.0, load_function(item.strip())))
+            terms.append((item, 1.0))
+    return terms
+
+
+def load_reward(spec, device="cpu"):
+    """Turn a reward's name, or a weighted sum `name:weight,name:weight`, into one callable; models go to `device`.
+
+    A name is that of a reward, `reward=FOLDER` or `reward=ID` for a reward that is a model, or `file.py:function`.  The
+    callable takes (images: list of PIL images, prompts: list of str, metadata: list of dict), all of length B, and
+    returns float32 [B] on the CPU.  Its attribute `strict` says whether 1.0 means "all right".  Raises RewardError at
+    once for what cannot be loaded, and when called for a reward that raises, or returns a wrong length or a NaN.
+    """
+    terms = [(name, weight, load_function(name, device)) for name, weight in parse_reward(spec)]
 
     def reward(images, prompts, metadata):
         total = torch.zeros(len(images))
         for name, weight, function in terms:
             try:
                 scores = torch.as_tensor(function(images, prompts, metadata), dtype=torch.float32).cpu()
+            except RewardError:
+                raise
             except Exception as error:  # a reward is foreign code: name it, and let the caller save and stop
                 raise RewardError(f"the reward {name!r} raised {type(error).__name__}: {error} (first prompt of the "
                                   f"batch: {prompts[0]!r})") from error
@@ -313,5 +485,5 @@ def load_reward(spec):
             total += weight * scores
         return total
 
-    reward.strict = len(terms) == 1 and terms[0][1] == 1.0 and terms[0][0] in STRICT_REWARDS
+    reward.strict = len(terms) == 1 and terms[0][1] == 1.0 and terms[0][0].split("=")[0] in STRICT_REWARDS
     return reward

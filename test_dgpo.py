@@ -10,17 +10,20 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from dgpo import (
     SD3,
@@ -599,7 +602,8 @@ def test_a_reward_that_cannot_be_loaded_is_named_at_once(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
     (tmp_path / "empty.py").write_text("")
     for spec, sentence in (("shape", "unknown reward 'shape'; known: shapes, jpeg_compressibility, jpeg_incompress"),
-                           ("shapes:1.0,pickscore:2", "unknown reward 'pickscore'"), ("", "unknown reward ''"),
+                           ("shapes:1.0,pickscor:2", "unknown reward 'pickscor'"), ("", "unknown reward ''"),
+                           ("jpeg_compressibility=models/jpeg", "has no model, so it takes no '=models/jpeg'"),
                            (f"{tmp_path}/absent.py:f", "absent.py does not exist"),
                            (f"{tmp_path}/broken.py:f", "cannot be imported: ModuleNotFoundError"),
                            (f"{tmp_path}/empty.py:f", "has no function 'f'")):
@@ -620,6 +624,138 @@ def test_every_prompt_is_drawn_once_before_any_is_drawn_again():
     drawn = [prompt for step in range(10) for prompt in prompts_of_step(prompts, step, config)]
     epochs = [drawn[i:i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == prompts for epoch in epochs) and epochs[0] != epochs[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# REWARDS THAT ARE MODELS: random ones of the real classes, saved in the real format
+# ------------------------------------------------------------------------------------------------
+
+
+def pictures(count, size=(40, 40), number=50):
+    """Random colourful pictures, [(width, height)] `size`."""
+    noise = np.random.default_rng(number).integers(0, 256, (count, 5, 5, 3), np.uint8)
+    return [Image.fromarray(array).resize(size, Image.Resampling.BICUBIC) for array in noise]
+
+
+def check_batching(reward, images, prompts, metadata):
+    """A reward judges every image for itself, the same each time; returns its scores."""
+    scores = reward(images, prompts, metadata)
+    assert scores.dtype == torch.float32 and scores.shape == (len(images),) and scores.device.type == "cpu"
+    assert torch.equal(scores, reward(images, prompts, metadata)) and not scores.requires_grad
+    alone = [reward([image], [prompt], [fields]) for image, prompt, fields in zip(images, prompts, metadata)]
+    torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    return scores
+
+
+def save_clip(folder, number):
+    """A random CLIP of the real classes with its processor: 32x32 images, 16 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        projection_dim=12, vision_config={**tower, "image_size": 32, "patch_size": 8},
+        text_config={**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 16,
+                     "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id})
+    torch.manual_seed(number)
+    model = CLIPModel(config)
+    for parameter in model.parameters():   # as drawn, all images look alike to it
+        if parameter.ndim > 1:
+            parameter.data *= 10
+    model.save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(processor, tokenizer).save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    save_clip(folder, 51)
+    return folder
+
+
+def clip_cosines(folder, images, prompts):
+    """Written out with transformers alone, one pair at a time."""
+    model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+    values = []
+    for image, prompt in zip(images, prompts):
+        inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True, max_length=16)
+        with torch.no_grad():
+            output = model(**inputs)
+        values.append(F.cosine_similarity(output.image_embeds, output.text_embeds))
+    return torch.cat(values)
+
+
+def test_clip_rewards_are_cosines_of_the_models_own_embeddings(clip_folder):
+    images = pictures(20)   # more than one internal batch
+    prompts = (PROMPTS * 5)[:19] + ["a red circle and " * 20 + "a star"]   # of several lengths, one cut off
+    cosines = clip_cosines(clip_folder, images, prompts)
+    scores = {name: check_batching(load_reward(f"{name}={clip_folder}"), images, prompts, [{}] * 20)
+              for name in ("clipscore", "pickscore")}
+    torch.testing.assert_close(scores["clipscore"], 100 * cosines.clamp(min=0), rtol=1e-4, atol=1e-4)
+    scale = CLIPModel.from_pretrained(clip_folder).logit_scale.exp().item()
+    torch.testing.assert_close(scores["pickscore"], scale * cosines, rtol=1e-4, atol=1e-4)
+    assert cosines.std() > 0.05 and (cosines < 0).any() and (cosines > 0).any()
+
+
+def test_a_model_reward_has_a_path_and_a_weight_and_joins_a_sum(clip_folder):
+    images, prompts = pictures(3), PROMPTS[:3]
+    clip, pick = f"clipscore={clip_folder}", f"pickscore={clip_folder}"
+    clip, pick, both = (load_reward(spec)(images, prompts, [{}] * 3) for spec in (clip, pick, f"{clip}:-0.5, {pick}"))
+    torch.testing.assert_close(both, pick - 0.5 * clip)
+    assert not load_reward(f"clipscore={clip_folder}").strict
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_aesthetic_score_is_the_linear_head_on_the_normalised_embedding(clip_folder, tmp_path, form):
+    folder = tmp_path / "aesthetic"
+    shutil.copytree(clip_folder, folder)
+    generator, sizes = seed(52), (12, 10, 4, 1)
+    state = {}
+    for i, (inputs, outputs) in zip((0, 2, 4), zip(sizes, sizes[1:])):   # dropout stands between them, as published
+        state[f"layers.{i}.weight"] = torch.randn(outputs, inputs, generator=generator)
+        state[f"layers.{i}.bias"] = torch.randn(outputs, generator=generator)
+    if form == "pth":
+        torch.save(state, folder / "aesthetic-model.pth")
+    else:
+        save_file(state, folder / "aesthetic-model.safetensors")
+    images = pictures(5)
+    scores = check_batching(load_reward(f"aesthetic={folder}"), images, [""] * 5, [{}] * 5)
+    model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        hidden = model.get_image_features(processor(images=images, return_tensors="pt").pixel_values).pooler_output
+    hidden = hidden / hidden.norm(dim=1, keepdim=True)
+    for i in (0, 2, 4):
+        hidden = hidden @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
+    torch.testing.assert_close(scores, hidden[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_loaded_is_named_with_what_to_do(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)   # as without a network, at once
+    partial = tmp_path / "partial"
+    shutil.copytree(clip_folder, partial)
+    weights = load_file(partial / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if key != "visual_projection.weight"},
+              partial / "model.safetensors", {"format": "pt"})
+    small = tmp_path / "small"
+    shutil.copytree(clip_folder, small)
+    torch.save({"0.weight": torch.ones(1, 768), "0.bias": torch.ones(1)}, small / "aesthetic-model.pth")
+    (tmp_path / "hollow").mkdir()
+    for spec, sentence in (
+            ("pickscore", "cannot be loaded from yuvalkirstain/PickScore_v1 and laion/CLIP-ViT-H"),
+            ("pickscore", "(give --reward pickscore=FOLDER with the models' files)"),
+            ("clipscore=someone/clip:2", "'clipscore' cannot be loaded from someone/clip: "),
+            (f"clipscore={tmp_path}/hollow", "'clipscore' cannot be loaded from"),
+            (f"clipscore={partial}", "partial is no CLIPModel: it has no weights for visual_projection.weight"),
+            (f"aesthetic={clip_folder}", "holds no head of the aesthetic predictor"),
+            (f"aesthetic={small}", "takes embeddings of size 768, the CLIP model")):
+        with pytest.raises(RewardError, match=re.escape(sentence)) as caught:
+            load_reward(spec)
+        assert "\n" not in str(caught.value)
+
+
+def test_naming_the_rewards_imports_no_models():
+    code = "import sys, rewards; assert 'transformers' not in sys.modules and 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -764,7 +900,7 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
             (["--prompt-file", long], "long.txt, line 3: the prompt 'a red star left of"),
             (["--prompt-file", single], "with a single prompt, give --eval-prompt-file"),
             (["--eval-prompt-file", empty], "empty.txt holds no prompt"),
-            (["--reward", "pickscore"], "unknown reward 'pickscore'; known: shapes, "),
+            (["--reward", "pickscor"], "unknown reward 'pickscor'; known: shapes, "),
             (["--group-size", 1], "--group-size must"),
             (["--device", "abacus"], "--device abacus"),
             (["--beta", "nan"], "--beta must"),
