@@ -17,12 +17,13 @@ import itertools
 import math
 import os
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 
 class RewardError(Exception):
@@ -269,7 +270,9 @@ MODELS = {
     "pickscore": {".": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"},
     "clipscore": {".": "openai/clip-vit-large-patch14"},
     "aesthetic": {".": "openai/clip-vit-large-patch14", "head": "trl-lib/ddpo-aesthetic-predictor"},
+    "geneval": {"detector": "facebook/mask2former-swin-small-coco-instance", "clip": "openai/clip-vit-large-patch14"},
 }
+MODELS["geneval_accuracy"] = MODELS["geneval"]
 BATCH_SIZE = 16  # images a forward pass: bounds memory, and the scores do not depend on it
 
 
@@ -306,6 +309,12 @@ def batches(items, size=BATCH_SIZE):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
+def same_size_batches(images):
+    """Batches of neighbours of one size, as padding an image for the sake of another would change its score."""
+    for _, group in itertools.groupby(images, key=lambda image: image.size):
+        yield from batches(list(group))
+
+
 def load_clip(path, processor_path, device):
     """A CLIP model and its processor, to be handed to embed_images and embed_texts as one."""
     from transformers import CLIPModel, CLIPProcessor
@@ -317,7 +326,6 @@ def unit_embeddings(features):
     return F.normalize(getattr(features, "pooler_output", features).float(), dim=-1)
 
 
-@torch.no_grad()
 def embed_images(clip, images):
     """CLIP embeddings of B PIL images, float32 [B, D], each of length 1."""
     model, processor = clip
@@ -328,7 +336,6 @@ def embed_images(clip, images):
     return torch.cat(parts)
 
 
-@torch.no_grad()
 def embed_texts(clip, texts):
     """CLIP embeddings of B strings, float32 [B, D], each of length 1; what lies beyond CLIP's 77 tokens is cut off."""
     model, processor = clip
@@ -393,13 +400,178 @@ def load_aesthetic(paths, device):
 
 
 # ------------------------------------------------------------------------------------------------
+# GenEval (arXiv 2310.11513): detected objects, the geometry of their boxes, CLIP for their colours
+# ------------------------------------------------------------------------------------------------
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# GenEval's own names of some COCO classes, by the label of the detector (both spellings of COCO in use).
+GENEVAL_NAMES = {
+    "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "hair dryer": "hair drier",
+    "tvmonitor": "tv", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table",
+    "motorbike": "motorcycle", "aeroplane": "airplane",
+}
+
+
+def geneval_objects(metadata, detections, name):
+    """The detections of a class that count as objects under the published thresholds, the most confident first."""
+    threshold = 0.9 if metadata.get("tag") == "counting" else 0.3
+    return sorted((d for d in detections if d[0] == name and d[1] > threshold), key=lambda d: -d[1])[:16]
+
+
+def box_relations(box, other):
+    """The RELATIONS in which a box (x0, y0, x1, y1) stands to another one, a set: none, one or two.
+
+    The centres must lie further apart than 0.1 of both sizes together, and the rest make up half of their distance.
+    """
+    offset = [(box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]
+    slack = [0.1 * (box[i + 2] - box[i] + other[i + 2] - other[i]) for i in (0, 1)]
+    clear = [math.copysign(max(abs(o) - s, 0), o) for o, s in zip(offset, slack)]
+    if max(map(abs, clear)) < 1e-3:
+        return set()
+    return {name for name, (x, y) in RELATIONS.items() if (x * clear[0] + y * clear[1]) / math.hypot(*offset) > 0.5}
+
+
+def score_geneval(metadata, detections, exact=True):
+    """Grade detections, a list of (class, confidence, box (x0, y0, x1, y1), color or None), against a GenEval prompt.
+
+    exact: the partial score of Flow-GRPO's reward server, a mean over 1 - |found - count| / count for every class
+    included, the share of right colours, and 1 or 0 for a relation (0 if the count is wrong).  1.0 if and only if all
+    is right; below 0 where far too many are found.  A failed relation counts once, as 0; there, as a 0 and a 1.
+    Not exact: GenEval's own accuracy, 1.0 or 0.0, for which only the `count` most confident objects of a class matter
+    and more of them do no harm but for `exclude`.
+    """
+    parts, matched = [], []
+    for wanted in metadata["include"]:
+        count, found = wanted["count"], geneval_objects(metadata, detections, wanted["class"])
+        found = found if exact else found[:count]
+        parts.append(1 - abs(len(found) - count) / count)
+        right = len(found) == count
+        if "color" in wanted:
+            parts.append(right * sum(d[3] == wanted["color"] for d in found) / count)
+            right = parts[-1] == 1
+        if "position" in wanted:
+            relation, target = wanted["position"]
+            right = right and matched[target] is not None and all(
+                relation in box_relations(d[2], other[2]) for d in found for other in matched[target])
+            parts.append(float(right))
+        matched.append(found if right else None)
+    for unwanted in metadata.get("exclude", []):
+        # The exact count of a class that is included has already said what its exclusion says.
+        counted = exact and unwanted["class"] in [wanted["class"] for wanted in metadata["include"]]
+        if not counted and len(geneval_objects(metadata, detections, unwanted["class"])) >= unwanted["count"]:
+            parts.append(0.0)
+    return sum(parts) / len(parts) if exact else float(all(part == 1 for part in parts))
+
+
+def load_detector(path, device):
+    """Mask2Former and its image processor, as detect_objects takes them, in float32 even on a GPU: it is a small model,
+    and its confidences are held against published thresholds."""
+    from transformers import AutoImageProcessor, Mask2FormerModel, Mask2FormerPreTrainedModel
+
+    class Detector(Mask2FormerPreTrainedModel):
+        """Mask2FormerForUniversalSegmentation without its loss, which would want scipy."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = Mask2FormerModel(config)
+            self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
+            self.post_init()
+
+        def forward(self, pixel_values, pixel_mask):  # -> class logits [B, Q, labels + 1], mask logits [B, Q, h, w]
+            output = self.model(pixel_values, pixel_mask, output_hidden_states=True)
+            last = output.transformer_decoder_intermediate_states[-1].transpose(0, 1)
+            return self.class_predictor(last), output.masks_queries_logits[-1]
+
+    model = load_pretrained(Detector, path, device, torch.float32)
+    model.config.id2label = {i: GENEVAL_NAMES.get(name, name) for i, name in model.config.id2label.items()}
+    return model, load_pretrained(AutoImageProcessor, path)
+
+
+def detect_objects(detector, images):
+    """Instances in B RGB images of one size: for each image a list of (label, confidence, box, mask).
+
+    The confidence is the class probability times the mean probability inside the mask, as in the public protocol; the
+    box is (x0, y0, x1, y1) in pixels, the mask bool [H, W].
+    """
+    model, processor = detector
+    inputs = processor(images=images, return_tensors="pt").to(model.device)
+    class_logits, mask_logits = model(inputs.pixel_values, inputs.pixel_mask)
+    rows, columns = int(inputs.pixel_mask[0, :, 0].sum()), int(inputs.pixel_mask[0, 0].sum())  # the rest is padding
+    found = []
+    for logits, masks in zip(class_logits, mask_logits):
+        probabilities = logits.softmax(-1)[:, :-1].flatten()  # [queries * labels], the last label being "no object"
+        confidences, indices = probabilities.topk(min(100, len(probabilities)))
+        found.append([])
+        for index in indices[confidences > 0.3].tolist():  # the mask can only lower it
+            query, label = divmod(index, logits.shape[1] - 1)
+            mask = F.interpolate(masks[None, None, query], inputs.pixel_values.shape[-2:], mode="bilinear")
+            mask = F.interpolate(mask[..., :rows, :columns], images[0].size[::-1], mode="bilinear")[0, 0]
+            y, x = (mask > 0).nonzero().T
+            if len(x):
+                confidence = float(probabilities[index] * mask[mask > 0].sigmoid().mean())
+                box = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
+                found[-1].append((model.config.id2label[label], confidence, box, (mask > 0).cpu().numpy()))
+    return found
+
+
+def color_texts(name):
+    """The public protocol's three templates for each of COLORS: 30 strings, colour by colour."""
+    return [text for color in COLORS for text in (
+        f"a photo of a {color} {name}", f"a photo of a {color}-colored {name}", f"a photo of a {color} object")]
+
+
+def object_crops(image, objects):
+    """Each object (label, confidence, box, mask) cut out of an RGB image, grey where its mask is not."""
+    grey = Image.new("RGB", image.size, "#999")
+    return [Image.composite(image, grey, Image.fromarray(mask)).crop(box) for _, _, box, mask in objects]
+
+
+def check_geneval_metadata(prompt, metadata, names):
+    """Raise RewardError for a prompt without the fields of GenEval's files, or with a class nobody would ever find."""
+    if not metadata.get("include"):
+        raise RewardError(f"geneval: the prompt {prompt!r} has no field 'include'; give a .jsonl of GenEval's form")
+    for wanted in metadata["include"] + metadata.get("exclude", []):
+        if wanted["class"] not in names or wanted.get("color", COLORS[0]) not in COLORS:
+            raise RewardError(f"geneval: the prompt {prompt!r} asks for {wanted}, a class or colour that is not known")
+
+
+def load_geneval(paths, device, exact=True):
+    """GenEval by Mask2Former and CLIP: the reward is score_geneval's partial score, 1.0 if and only if all is right."""
+    detector = load_detector(paths["detector"], device)
+    clip = load_clip(paths["clip"], paths["clip"], device)
+
+    @lru_cache(None)
+    def color_embeddings(name):  # [10, D]
+        return F.normalize(embed_texts(clip, color_texts(name)).view(len(COLORS), 3, -1).mean(1), dim=-1)
+
+    def object_colors(image, objects):
+        embeddings = embed_images(clip, object_crops(image, objects)) if objects else []
+        return [COLORS[int((color_embeddings(d[0]) @ e).argmax())] for d, e in zip(objects, embeddings)]
+
+    def geneval(images, prompts, metadata):
+        for prompt, fields in zip(prompts, metadata):
+            check_geneval_metadata(prompt, fields, detector[0].config.id2label.values())
+        images, scores = [image.convert("RGB") for image in images], []
+        found = (objects for batch in same_size_batches(images) for objects in detect_objects(detector, batch))
+        for image, fields, objects in zip(images, metadata, found):
+            colored = {id(d): d for wanted in fields["include"] if "color" in wanted
+                       for d in geneval_objects(fields, objects, wanted["class"])}
+            colors = dict(zip(colored, object_colors(image, list(colored.values()))))
+            scores.append(score_geneval(fields, [(*d[:3], colors.get(id(d))) for d in objects], exact))
+        return torch.tensor(scores)
+
+    return geneval
+
+
+# ------------------------------------------------------------------------------------------------
 # The way a reward is named on the command line
 # ------------------------------------------------------------------------------------------------
 
 REWARDS = {f.__name__: f for f in (shapes, jpeg_compressibility, jpeg_incompressibility)}
-LOADERS = {"pickscore": load_pickscore, "clipscore": load_clipscore, "aesthetic": load_aesthetic}
+LOADERS = {"pickscore": load_pickscore, "clipscore": load_clipscore, "aesthetic": load_aesthetic,
+           "geneval": load_geneval, "geneval_accuracy": partial(load_geneval, exact=False)}
 # Rewards under which a picture can be plainly right: for these the share of 1.0s is reported as strict accuracy.
-STRICT_REWARDS = {"shapes"}
+STRICT_REWARDS = {"shapes", "geneval", "geneval_accuracy"}
 
 
 def load_models(name, source, device):

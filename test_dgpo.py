@@ -23,7 +23,18 @@ import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    SwinConfig,
+)
+from transformers.models.mask2former import modeling_mask2former
 
 from dgpo import (
     SD3,
@@ -47,7 +58,20 @@ from dgpo import (
     summarize,
     update,
 )
-from rewards import CATEGORIES, RewardError, load_reward, parse_prompt, score_detections
+from rewards import (
+    CATEGORIES,
+    COLORS,
+    RewardError,
+    box_relations,
+    color_texts,
+    detect_objects,
+    load_detector,
+    load_reward,
+    object_crops,
+    parse_prompt,
+    score_detections,
+    score_geneval,
+)
 from rewards import shapes as verify
 from shapes.train_base import scenes
 
@@ -756,6 +780,168 @@ def test_a_model_that_cannot_be_loaded_is_named_with_what_to_do(clip_folder, tmp
 def test_naming_the_rewards_imports_no_models():
     code = "import sys, rewards; assert 'transformers' not in sys.modules and 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# Boxes of 20x20 by their place, as (x0, y0, x1, y1).
+LEFT, RIGHT, TOP, MIDDLE = (0, 40, 20, 60), (80, 40, 100, 60), (40, 0, 60, 20), (40, 40, 60, 60)
+
+
+@pytest.mark.parametrize("box, other, relations", [
+    (LEFT, RIGHT, {"left of"}), (RIGHT, LEFT, {"right of"}), (TOP, MIDDLE, {"above"}), (MIDDLE, TOP, {"below"}),
+    ((0, 0, 20, 20), MIDDLE, {"left of", "above"}),                 # on the diagonal, both hold
+    (MIDDLE, MIDDLE, set()), (MIDDLE, (41, 42, 59, 58), set()),     # one over the other: neither
+    ((44, 40, 64, 60), MIDDLE, set()),                              # 4 apart, as much as 0.1 (20 + 20) forgives
+    ((49, 40, 69, 60), MIDDLE, {"right of"}),                       # 5 of 9 are left, more than half
+    ((48, 40, 68, 60), MIDDLE, set()),                              # 4 of 8 are left, not more than half
+    ((70, 0, 90, 20), MIDDLE, {"right of", "above"}), ((80, 25, 100, 45), MIDDLE, {"right of"})])
+def test_relations_of_boxes_follow_the_published_geometry(box, other, relations):
+    assert box_relations(box, other) == relations
+
+
+def one(name, **fields):
+    return {"class": name, "count": 1, **fields}
+
+
+def found(name, confidence=0.95, box=MIDDLE, color=None):
+    return name, confidence, box, color
+
+
+DOG, CAT = found("dog", box=LEFT), found("cat", box=RIGHT)
+CUPS = {"tag": "counting", "include": [{"class": "cup", "count": 3}], "exclude": [{"class": "cup", "count": 4}]}
+TWO = {"tag": "two_object", "include": [one("dog"), one("cat")]}
+RED = {"tag": "colors", "include": [one("dog", color="red")]}
+BOTH = {"tag": "color_attr", "include": [one("dog", color="red"), one("cat", color="blue")]}
+CAT_RIGHT = {"tag": "position", "include": [one("dog"), one("cat", position=["right of", 0])]}
+NO_CAT = {"include": [one("dog")], "exclude": [one("cat")]}
+
+
+@pytest.mark.parametrize("metadata, detections, partial, accuracy", [
+    # single_object: the confidence must be above 0.3; further classes do no harm; a second dog does, to the exact score
+    ({"tag": "single_object", "include": [one("dog")]}, [DOG, CAT], 1, 1),
+    ({"tag": "single_object", "include": [one("dog")]}, [], 0, 0),
+    ({"tag": "single_object", "include": [one("dog")]}, [found("dog", 0.3)], 0, 0),
+    ({"tag": "single_object", "include": [one("dog")]}, [found("dog", 0.301)], 1, 1),
+    ({"tag": "single_object", "include": [one("dog")]}, [DOG, DOG], 0, 1),
+    ({"tag": "single_object", "include": [one("dog")]}, [DOG] * 40, -14, 1),          # 16 of them count
+    ({"tag": "two_object", "include": [one("dog"), one("dog")]}, [DOG], 1, 1),        # a repeated clause asks no more
+    (TWO, [DOG, CAT], 1, 1), (TWO, [DOG], 1 / 2, 0), (TWO, [DOG, CAT, CAT, CAT], (1 - 1) / 2, 1),
+    # counting: the confidence must be above 0.9, and one too many is wrong in both
+    (CUPS, [found("cup")] * 3, 1, 1), (CUPS, [found("cup")] * 2, 2 / 3, 0), (CUPS, [found("cup")] * 4, 2 / 3, 0),
+    (CUPS, [found("cup")] * 3 + [found("cup", 0.9)], 1, 1), (CUPS, [found("cup", 0.9)] * 3, 0, 0),
+    # colors
+    (RED, [found("dog", color="red")], 1, 1), (RED, [found("dog", color="pink")], 1 / 2, 0), (RED, [], 0, 0),
+    (RED, [found("dog", 0.5, color="pink"), found("dog", 0.6, color="red")], 0, 1),   # the surest dog is red
+    (RED, [found("dog", 0.6, color="pink"), found("dog", 0.5, color="red")], 0, 0),
+    ({"include": [{"class": "dog", "count": 2, "color": "red"}]},
+     [found("dog", color="red"), found("dog", color="blue")], 3 / 4, 0),
+    # color_attr
+    (BOTH, [found("dog", color="red"), found("cat", color="blue")], 1, 1),
+    (BOTH, [found("dog", color="blue"), found("cat", color="red")], 1 / 2, 0),
+    (BOTH, [found("dog", color="red")], 1 / 2, 0),
+    # position: of the second class as seen from the first, which has to be there
+    (CAT_RIGHT, [DOG, CAT], 1, 1), (CAT_RIGHT, [found("dog", box=RIGHT), found("cat", box=LEFT)], 2 / 3, 0),
+    (CAT_RIGHT, [found("dog"), found("cat")], 2 / 3, 0), (CAT_RIGHT, [CAT], 1 / 3, 0), (CAT_RIGHT, [DOG], 1 / 3, 0),
+    (CAT_RIGHT, [DOG, CAT, found("cat", 0.5, box=LEFT)], 1 / 3, 1),
+    (CAT_RIGHT, [found("dog", 0.5, box=LEFT), found("dog", 0.6, box=RIGHT), found("cat")], (0 + 1 + 0) / 3, 0),
+    # exclude
+    (NO_CAT, [DOG], 1, 1), (NO_CAT, [DOG, CAT], 1 / 2, 0), (NO_CAT, [DOG, found("cat", 0.3)], 1, 1)])
+def test_geneval_rules_worked_by_hand(metadata, detections, partial, accuracy):
+    for detected in (detections, detections[::-1]):
+        assert score_geneval(metadata, detected) == pytest.approx(partial)
+        assert (score_geneval(metadata, detected) == 1.0) == (partial == 1)   # to the last bit: strict accuracy asks
+        assert score_geneval(metadata, detected, exact=False) == accuracy
+
+
+def full_mask2former(source):
+    """The class the hub's checkpoint was saved from, of a config or a folder; its loss asks for scipy to be built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_mask2former, "requires_backends", lambda *_: None)
+        build = Mask2FormerForUniversalSegmentation
+        return build(source) if isinstance(source, Mask2FormerConfig) else build.from_pretrained(source)
+
+
+@pytest.fixture(scope="module")
+def geneval_folder(tmp_path_factory):
+    """A random Mask2Former with Swin, sure of what it sees, and a random CLIP: `geneval=FOLDER` as documented."""
+    folder = tmp_path_factory.mktemp("geneval")
+    save_clip(folder / "clip", 53)
+    backbone = SwinConfig(image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+                          out_features=["stage1", "stage2", "stage3", "stage4"])
+    labels = dict(enumerate(["dog", "mouse", "tvmonitor", "cup"]))
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=6,
+        id2label=labels, label2id={name: i for i, name in labels.items()})
+    torch.manual_seed(54)
+    model = full_mask2former(config)
+    model.class_predictor.weight.data *= 40
+    model.save_pretrained(folder / "detector")
+    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder / "detector")
+    return folder
+
+
+def test_geneval_runs_on_its_detector_and_clip(geneval_folder):
+    images = pictures(9) + pictures(8, (56, 40), 55)   # of two sizes
+    classes = ("dog", "computer mouse", "tv", "cup")    # two of them under GenEval's own names
+    metadata = [{"include": [one(classes[i % 4], color=COLORS[i % 10]), one(classes[(i + 1) % 4])]} for i in range(17)]
+    reward = load_reward(f"geneval={geneval_folder}")
+    scores = check_batching(reward, images, [""] * 17, metadata)
+    assert scores.unique().numel() > 3 and scores.max() <= 1 and reward.strict
+    accuracy = load_reward(f"geneval_accuracy={geneval_folder}")(images, [""] * 17, metadata)
+    assert set(accuracy.tolist()) <= {0.0, 1.0} and (accuracy >= (scores == 1)).all()
+
+
+def test_geneval_sees_the_detectors_masks_and_names_colours_with_clip(geneval_folder):
+    image = pictures(1, (48, 40))[0]
+    detector = load_detector(geneval_folder / "detector", "cpu")
+    objects = detect_objects(detector, [image])[0]
+    assert len(objects) > 2
+    for label, confidence, box, mask in objects:
+        ys, xs = np.nonzero(mask)
+        assert mask.shape == (40, 48) and box == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+        assert 0.15 < confidence <= 1 and label in ("dog", "computer mouse", "tv", "cup")
+    # The surest query and label of the model as transformers has it, written out.
+    inputs = detector[1](images=[image], return_tensors="pt")
+    with torch.no_grad():
+        output = full_mask2former(geneval_folder / "detector")(**inputs)
+    assert inputs.pixel_mask.all()
+    best = 0
+    for query, probabilities in enumerate(output.class_queries_logits[0].softmax(-1)[:, :-1]):
+        mask = output.masks_queries_logits[:, query:query + 1]
+        mask = F.interpolate(F.interpolate(mask, inputs.pixel_values.shape[-2:], mode="bilinear"), (40, 48),
+                             mode="bilinear")
+        best = max(best, (probabilities.max() * mask[mask > 0].sigmoid().mean()).item())
+    assert max(confidence for _, confidence, _, _ in objects) == pytest.approx(best, rel=1e-5)
+    # A crop is the box, the object as it is and grey around it.
+    _, _, (x0, y0, x1, y1), mask = objects[0]
+    crop = np.asarray(object_crops(image, objects)[0])
+    expected = np.where(mask[..., None], np.asarray(image), 0x99)[y0:y1, x0:x1]
+    assert np.array_equal(crop, expected)
+    # Its colour is the one whose three captions are nearest to the crop of the surest object of the class.
+    label = max(objects, key=lambda d: d[1])[0]
+    assert color_texts(label)[3:6] == [f"a photo of a orange {label}", f"a photo of a orange-colored {label}",
+                                       "a photo of a orange object"]
+    model, processor = (c.from_pretrained(geneval_folder / "clip") for c in (CLIPModel, CLIPProcessor))
+    surest = object_crops(image, [max(objects, key=lambda d: d[1])])
+    with torch.no_grad():
+        texts = processor(text=color_texts(label), return_tensors="pt", padding=True, truncation=True, max_length=16)
+        captions = F.normalize(model.get_text_features(**texts).pooler_output, dim=-1).view(10, 3, -1).mean(1)
+        crop = model.get_image_features(**processor(images=surest, return_tensors="pt")).pooler_output
+    color = COLORS[F.cosine_similarity(captions, crop).argmax()]
+    reward = load_reward(f"geneval_accuracy={geneval_folder}")
+    for named in COLORS:
+        assert reward([image], ["?"], [{"include": [one(label, color=named)]}]).item() == (named == color)
+
+
+def test_geneval_refuses_prompts_it_cannot_judge(geneval_folder, tmp_path):
+    reward = load_reward(f"geneval={geneval_folder}")
+    for fields, sentence in (({}, "'a dog' has no field 'include'"),
+                             ({"include": [one("dragon")]}, "'a dog' asks for {'class': 'dragon'"),
+                             ({"include": [one("dog", color="mauve")]}, "a class or colour that is not known")):
+        with pytest.raises(RewardError, match=re.escape(sentence)):
+            reward(pictures(1), ["a dog"], [fields])
+    with pytest.raises(RewardError, match=re.escape("with the subfolders detector (the files of facebook/mask2former")):
+        load_reward(f"geneval={tmp_path}")
 
 
 # ------------------------------------------------------------------------------------------------
