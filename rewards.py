@@ -150,6 +150,20 @@ def _templates():
     return crops.view(len(SHAPES), -1, 20, 20).mean(1)
 
 
+def connected_components(foreground):
+    """Number the 8-connected regions of bool masks [B, H, W]: float32 [B, H, W], 0 outside, one number a region."""
+    # Every foreground pixel takes the largest pixel number it can reach; float32 is exact up to 2**24 pixels.
+    numbers = torch.arange(1, foreground[0].numel() + 1, dtype=torch.float32, device=foreground.device)
+    labels = numbers.view(1, *foreground.shape[1:]) * foreground
+    while True:
+        spread = (F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * foreground).flatten(1)
+        # Go on to what the pixel found has found itself, so that the reach doubles instead of growing by one.
+        spread = F.pad(spread, (1, 0)).gather(1, spread.long()).view_as(labels)
+        if torch.equal(spread, labels):
+            return labels
+        labels = spread
+
+
 def detect_shapes(images):
     """Find the objects in a batch of 32x32 pictures, uint8 RGB [B, 32, 32, 3].
 
@@ -161,13 +175,7 @@ def detect_shapes(images):
     background = border.median(1).values[:, None, None]                                         # [B, 1, 1, 3]
     distance = (rgb - background).norm(dim=-1)                                                  # [B, 32, 32]
     foreground = distance > _FOREGROUND
-    # Connected components: every foreground pixel takes the largest pixel number it can reach.
-    labels = torch.arange(1, foreground[0].numel() + 1, dtype=torch.float32).view(1, 32, 32) * foreground
-    while True:
-        spread = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * foreground
-        if torch.equal(spread, labels):
-            break
-        labels = spread
+    labels = connected_components(foreground)
     # One row per component: (image, label); sorted by image because the key is image * 2048 + label.
     keys = (torch.arange(len(rgb)).view(-1, 1, 1) * 2048 + labels.long())[foreground]
     keys, areas = torch.unique(keys, return_counts=True)
@@ -271,6 +279,9 @@ MODELS = {
     "clipscore": {".": "openai/clip-vit-large-patch14"},
     "aesthetic": {".": "openai/clip-vit-large-patch14", "head": "trl-lib/ddpo-aesthetic-predictor"},
     "geneval": {"detector": "facebook/mask2former-swin-small-coco-instance", "clip": "openai/clip-vit-large-patch14"},
+    "ocr": {"detector": "PaddlePaddle/PP-OCRv5_server_det_safetensors",
+            "recognizer": "PaddlePaddle/PP-OCRv5_server_rec_safetensors"},
+    "vlm": {".": "Qwen/Qwen2.5-VL-7B-Instruct"},
 }
 MODELS["geneval_accuracy"] = MODELS["geneval"]
 BATCH_SIZE = 16  # images a forward pass: bounds memory, and the scores do not depend on it
@@ -564,12 +575,200 @@ def load_geneval(paths, device, exact=True):
 
 
 # ------------------------------------------------------------------------------------------------
+# OCR: how much of the quoted text can be read, by PP-OCRv5
+# ------------------------------------------------------------------------------------------------
+# PP-OCRv5 and not GOT-OCR2, the other reader in transformers: it is a tenth of the size, reads all lines of a batch at
+# once instead of token by token, and is the successor of what the authors used.  transformers' image processors for it
+# want torchvision and opencv, so what they do stands here.  Boxes are upright: slanted lines are read less well.
+
+
+def wanted_text(prompt, metadata):
+    """What an image should say: the field `text` of its metadata, or the first part of the prompt in double quotes,
+    straight or curly (the first as in the authors' code).  Raises RewardError if there is neither."""
+    quoted = re.search(r'"([^"]+)"|“([^”]+)”', prompt)
+    text = metadata.get("text") or (quoted and (quoted[1] or quoted[2])) or ""
+    if not text.strip():
+        raise RewardError(f"ocr: the prompt {prompt!r} has no text in double quotes, nor a field 'text'")
+    return text
+
+
+def edit_distance(a, b):
+    """Levenshtein distance of two strings: insertions, deletions and substitutions cost 1."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
+def ocr_score(read, wanted):
+    """1 - edit distance / length of the wanted text, in [0, 1], whatever the case and without spaces.
+
+    As in Flow-GRPO's code, text that contains all that is wanted is perfect, whatever else there is to read.
+    """
+    read, wanted = (text.replace(" ", "").lower() for text in (read, wanted))
+    return 1.0 if wanted in read else 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+
+
+def text_boxes(probability):
+    """Lines of text in a detector's map [H, W]: boxes (x0, y0, x1, y1) in its pixels, in reading order.
+
+    DB (arXiv 1911.08947) with PP-OCR's numbers: regions above 0.3 with a mean of 0.6 or more and sides of 3 or more,
+    grown by 1.5 area / perimeter as the map shows text shrunken by that much.
+    """
+    height, width = probability.shape
+    foreground = probability > 0.3
+    _, region, area = connected_components(foreground[None])[0][foreground].unique(
+        return_inverse=True, return_counts=True)
+    means = torch.zeros_like(area, dtype=torch.float32).index_add_(0, region, probability[foreground]) / area
+    y, x = foreground.nonzero().T
+    corners = torch.stack([x, y, -x - 1, -y - 1])  # the least of each is an edge of the box
+    edges = corners.new_zeros(4, len(area)).scatter_reduce(1, region.expand(4, -1), corners, "amin", include_self=False)
+    boxes, lines = [], []
+    for (x0, y0, x1, y1), mean in zip(edges.T.tolist(), means.tolist()):
+        w, h = -x1 - x0, -y1 - y0
+        if min(w, h) >= 3 and mean >= 0.6:
+            grow = 1.5 * w * h / (2 * (w + h))
+            boxes.append((max(x0 - grow, 0), max(y0 - grow, 0), min(-x1 + grow, width), min(-y1 + grow, height)))
+    for box in sorted(boxes, key=lambda box: box[1]):
+        if lines and (box[1] + box[3]) / 2 < lines[-1][0][3]:  # its middle is above the foot of the line's first box
+            lines[-1].append(box)
+        else:
+            lines.append([box])
+    return [box for line in lines for box in sorted(line)]
+
+
+def read_ctc(probabilities, characters):
+    """Greedy CTC, class 0 being the blank: [T, C] -> text, "" if its mean confidence is under PP-OCR's 0.5."""
+    confidence, index = probabilities.max(-1)
+    kept = (index != 0) & (index != F.pad(index[:-1], (1, 0)))
+    sure = bool(kept.any()) and confidence[kept].mean() >= 0.5
+    return "".join(characters[i] for i in index[kept].tolist()) if sure else ""
+
+
+def rgb_tensor(images):
+    """RGB images of one size -> float32 [B, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+
+
+def cut_lines(detector, images):
+    """RGB images of one size -> for each a list of its lines of text, as images, in reading order."""
+    width, height = images[0].size
+    scale = min(1, 960 / max(width, height))
+    w, h = (max(32, 32 * round(int(side * scale) / 32)) for side in (width, height))
+    pixels = rgb_tensor([image.resize((w, h), Image.Resampling.BILINEAR) for image in images]).flip(1)
+    # It was trained on BGR images, but with ImageNet's mean and deviation of R, G and B in that order.
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    pixels = (pixels - mean) / deviation
+    maps = detector(pixel_values=pixels.to(detector.device, detector.dtype)).last_hidden_state[:, 0].float()
+    lines = []
+    for image, probability in zip(images, maps):
+        crops = [image.crop([round(edge * of / to) for edge, of, to in zip(box, 2 * (width, height), 2 * (w, h))])
+                 for box in text_boxes(probability)]
+        lines.append([c.transpose(Image.Transpose.ROTATE_90) if c.height >= 1.5 * c.width else c for c in crops])
+    return lines
+
+
+def read_lines(recognizer, characters, crops):
+    """The text of each crop, seen 48 high and padded to the next multiple of 320 in width, whatever else is read."""
+    widths = [min(3200, math.ceil(48 * crop.width / crop.height)) for crop in crops]
+    texts = [""] * len(crops)
+    for padded in range(320, 3201, 320):
+        for rows in batches([i for i, width in enumerate(widths) if padded - 320 < width <= padded]):
+            pixels = torch.cat([F.pad(2 * rgb_tensor([crops[i].resize((widths[i], 48), Image.Resampling.BILINEAR)]) - 1,
+                                      (0, padded - widths[i])) for i in rows])
+            output = recognizer(pixel_values=pixels.to(recognizer.device, recognizer.dtype)).last_hidden_state
+            for i, probabilities in zip(rows, output.float()):
+                texts[i] = read_ctc(probabilities, characters)
+    return texts
+
+
+def load_ocr(paths, device):
+    """How much of the quoted text is read in the image, in [0, 1]: ocr_score of all lines in reading order."""
+    import transformers
+    version = transformers.__version__
+    if tuple(map(int, version.split(".")[:2])) < (5, 4):
+        raise RewardError(f"the reward 'ocr' needs transformers 5.4 or newer, which has PP-OCRv5; this is {version}")
+    detector = load_pretrained(transformers.AutoModelForObjectDetection, paths["detector"], device)
+    recognizer = load_pretrained(transformers.AutoModelForTextRecognition, paths["recognizer"], device)
+    settings, _ = transformers.BaseImageProcessor.get_image_processor_dict(paths["recognizer"])
+
+    def ocr(images, prompts, metadata):
+        wanted = [wanted_text(prompt, fields) for prompt, fields in zip(prompts, metadata)]
+        images = [image.convert("RGB") for image in images]
+        lines = [lines for batch in same_size_batches(images) for lines in cut_lines(detector, batch)]
+        texts = iter(read_lines(recognizer, settings["character_list"], list(itertools.chain(*lines))))
+        read = ["".join(itertools.islice(texts, len(of_image))) for of_image in lines]
+        return torch.tensor([ocr_score(*pair) for pair in zip(read, wanted)])
+
+    return ocr
+
+
+# ------------------------------------------------------------------------------------------------
+# A vision-language model as a judge
+# ------------------------------------------------------------------------------------------------
+# Of the judges in the papers, ImageReward (BLIP with a head and a checkpoint format of its own) and DeQA (mPLUG-Owl2)
+# are in no architecture that transformers has.  UnifiedReward is a fine-tuned vision-language model: its Qwen2.5-VL
+# versions run as `vlm=ID`, though asked RATING_PROMPT and not their authors' question; the LLaVA format ones do not.
+
+RATING_PROMPT = (
+    'This image was made for the caption "{prompt}". How well does it show what the caption asks for, and how good '
+    "does it look? Rate both together from 1 (bad) to 5 (excellent). Answer with a single digit."
+)
+
+
+def expected_rating(logits):
+    """Logits of the answers "1" to "5", [B, 5] -> the mean of their distribution, float32 [B] in [1, 5]."""
+    return logits.float().softmax(-1) @ torch.arange(1.0, 6.0, device=logits.device)
+
+
+def load_vlm_processor(path):
+    """The processor of an image-text model without its part for videos, which would want torchvision."""
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+    whole = PROCESSOR_MAPPING[type(load_pretrained(AutoConfig, path))]
+    parts = [part for part in whole.get_attributes() if part != "video_processor"]
+    still = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda cls: parts)})
+    processor = load_pretrained(still, path)
+    processor.tokenizer.padding_side = "left"  # then every row of a batch ends where its answer begins
+    return processor
+
+
+def load_vlm(paths, device):
+    """The rating from 1 to 5 that a vision-language model is expected to give, asked RATING_PROMPT."""
+    from transformers import AutoModelForImageTextToText
+    # bfloat16, in which these models are trained: their activations overflow float16.
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    model = load_pretrained(AutoModelForImageTextToText, paths["."], device, dtype)
+    processor = load_vlm_processor(paths["."])
+    digits = [processor.tokenizer.encode(str(rating), add_special_tokens=False)[-1] for rating in range(1, 6)]
+    if len(set(digits)) < 5:
+        raise RewardError(f"the tokenizer of {paths['.']} has no tokens of their own for the ratings 1 to 5")
+
+    def vlm(images, prompts, metadata):
+        scores = []
+        for batch in batches(list(zip(images, prompts))):
+            questions = [{"type": "text", "text": RATING_PROMPT.format(prompt=prompt)} for _, prompt in batch]
+            chats = [[{"role": "user", "content": [{"type": "image"}, question]}] for question in questions]
+            inputs = processor(text=processor.apply_chat_template(chats, add_generation_prompt=True), padding=True,
+                               images=[[image.convert("RGB")] for image, _ in batch], return_tensors="pt")
+            answer = model.generate(**inputs.to(model.device, dtype), max_new_tokens=1, do_sample=False,
+                                    output_logits=True, return_dict_in_generate=True)
+            scores.append(expected_rating(answer.logits[0][:, digits]))
+        return torch.cat(scores)
+
+    return vlm
+
+
+# ------------------------------------------------------------------------------------------------
 # The way a reward is named on the command line
 # ------------------------------------------------------------------------------------------------
 
 REWARDS = {f.__name__: f for f in (shapes, jpeg_compressibility, jpeg_incompressibility)}
 LOADERS = {"pickscore": load_pickscore, "clipscore": load_clipscore, "aesthetic": load_aesthetic,
-           "geneval": load_geneval, "geneval_accuracy": partial(load_geneval, exact=False)}
+           "geneval": load_geneval, "geneval_accuracy": partial(load_geneval, exact=False), "ocr": load_ocr,
+           "vlm": load_vlm}
 # Rewards under which a picture can be plainly right: for these the share of 1.0s is reported as strict accuracy.
 STRICT_REWARDS = {"shapes", "geneval", "geneval_accuracy"}
 

@@ -23,7 +23,13 @@ import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
 from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    AutoModelForTextRecognition,
     AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
@@ -32,6 +38,12 @@ from transformers import (
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessor,
+    PPOCRV5ServerDetConfig,
+    PPOCRV5ServerRecConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
     SwinConfig,
 )
 from transformers.models.mask2former import modeling_mask2former
@@ -61,16 +73,25 @@ from dgpo import (
 from rewards import (
     CATEGORIES,
     COLORS,
+    RATING_PROMPT,
     RewardError,
     box_relations,
     color_texts,
+    cut_lines,
     detect_objects,
+    edit_distance,
+    expected_rating,
     load_detector,
     load_reward,
     object_crops,
+    ocr_score,
     parse_prompt,
+    read_ctc,
+    read_lines,
     score_detections,
     score_geneval,
+    text_boxes,
+    wanted_text,
 )
 from rewards import shapes as verify
 from shapes.train_base import scenes
@@ -791,7 +812,7 @@ LEFT, RIGHT, TOP, MIDDLE = (0, 40, 20, 60), (80, 40, 100, 60), (40, 0, 60, 20), 
     ((0, 0, 20, 20), MIDDLE, {"left of", "above"}),                 # on the diagonal, both hold
     (MIDDLE, MIDDLE, set()), (MIDDLE, (41, 42, 59, 58), set()),     # one over the other: neither
     ((44, 40, 64, 60), MIDDLE, set()),                              # 4 apart, as much as 0.1 (20 + 20) forgives
-    ((49, 40, 69, 60), MIDDLE, {"right of"}),                       # 5 of 9 are left, more than half
+    ((48.5, 40, 68.5, 60), MIDDLE, {"right of"}),                   # 4.5 of 8.5 are left, more than half
     ((48, 40, 68, 60), MIDDLE, set()),                              # 4 of 8 are left, not more than half
     ((70, 0, 90, 20), MIDDLE, {"right of", "above"}), ((80, 25, 100, 45), MIDDLE, {"right of"})])
 def test_relations_of_boxes_follow_the_published_geometry(box, other, relations):
@@ -841,6 +862,7 @@ NO_CAT = {"include": [one("dog")], "exclude": [one("cat")]}
     # position: of the second class as seen from the first, which has to be there
     (CAT_RIGHT, [DOG, CAT], 1, 1), (CAT_RIGHT, [found("dog", box=RIGHT), found("cat", box=LEFT)], 2 / 3, 0),
     (CAT_RIGHT, [found("dog"), found("cat")], 2 / 3, 0), (CAT_RIGHT, [CAT], 1 / 3, 0), (CAT_RIGHT, [DOG], 1 / 3, 0),
+    ({"include": [one("dog", color="red"), one("cat", position=["right of", 0])]}, [DOG, CAT], 1 / 2, 0),
     (CAT_RIGHT, [DOG, CAT, found("cat", 0.5, box=LEFT)], 1 / 3, 1),
     (CAT_RIGHT, [found("dog", 0.5, box=LEFT), found("dog", 0.6, box=RIGHT), found("cat")], (0 + 1 + 0) / 3, 0),
     # exclude
@@ -905,13 +927,15 @@ def test_geneval_sees_the_detectors_masks_and_names_colours_with_clip(geneval_fo
     with torch.no_grad():
         output = full_mask2former(geneval_folder / "detector")(**inputs)
     assert inputs.pixel_mask.all()
-    best = 0
+    best, pairs = 0, 0
     for query, probabilities in enumerate(output.class_queries_logits[0].softmax(-1)[:, :-1]):
         mask = output.masks_queries_logits[:, query:query + 1]
         mask = F.interpolate(F.interpolate(mask, inputs.pixel_values.shape[-2:], mode="bilinear"), (40, 48),
                              mode="bilinear")
         best = max(best, (probabilities.max() * mask[mask > 0].sigmoid().mean()).item())
+        pairs += (probabilities > 0.3).sum().item() * bool((mask > 0).any())
     assert max(confidence for _, confidence, _, _ in objects) == pytest.approx(best, rel=1e-5)
+    assert len(objects) == pairs
     # A crop is the box, the object as it is and grey around it.
     _, _, (x0, y0, x1, y1), mask = objects[0]
     crop = np.asarray(object_crops(image, objects)[0])
@@ -942,6 +966,216 @@ def test_geneval_refuses_prompts_it_cannot_judge(geneval_folder, tmp_path):
             reward(pictures(1), ["a dog"], [fields])
     with pytest.raises(RewardError, match=re.escape("with the subfolders detector (the files of facebook/mask2former")):
         load_reward(f"geneval={tmp_path}")
+
+
+@pytest.mark.parametrize("a, b, distance", [
+    ("", "", 0), ("abc", "", 3), ("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3), ("flaw", "lawn", 2),
+    ("ab", "ba", 2), ("a" * 30, "b" * 20, 30)])
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+@pytest.mark.parametrize("read, wanted, score", [
+    ("Hello", "hello", 1), ("HEL LO", "Hel lo", 1), ("say hello there", "hello", 1),   # contained: perfect
+    ("hallo", "hello", 0.8), ("hell", "hello", 0.8), ("", "hello", 0), ("something else", "hello", 0),
+    ("helo world", "hello", 0)])                                                       # 6 edits, of 5 letters: capped
+def test_ocr_score_is_the_authors(read, wanted, score):
+    assert ocr_score(read, wanted) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("prompt, fields, text", [
+    ('A sign that says "Hello World".', {}, "Hello World"), ("A cup with “Good day” on it", {}, "Good day"),
+    ('"One" above "Two"', {}, "One"), ('a “sign” with "it\'s"', {}, "sign"), ('"One"', {"text": "Two"}, "Two"),
+    ("no quotes", {"text": "Two"}, "Two"), ("don't and won't", {}, None), ('an empty ""', {}, None),
+    ('a " "', {}, None), ('5" nail', {}, None)])
+def test_the_wanted_text_stands_in_double_quotes_or_in_the_metadata(prompt, fields, text):
+    if text is None:
+        with pytest.raises(RewardError, match=re.escape(f"ocr: the prompt {prompt!r} has no text in double quotes")):
+            wanted_text(prompt, fields)
+    else:
+        assert wanted_text(prompt, fields) == text
+
+
+def test_text_boxes_are_grown_components_in_reading_order():
+    def boxes(*regions, size=(100, 200)):
+        probability = torch.full(size, 0.1)
+        for (x0, y0, x1, y1), value in regions:
+            probability[y0:y1, x0:x1] = value
+        return text_boxes(probability)
+
+    # 40x10: grown by 1.5 * 400 / 100 = 6 on every side, and cut at the edge of the map.
+    assert boxes(((50, 30, 90, 40), 0.9)) == [(44, 24, 96, 46)]
+    assert boxes(((0, 0, 40, 10), 0.9)) == [(0, 0, 46, 16)]
+    assert boxes() == []
+    assert boxes(((50, 30, 90, 40), 0.59)) == [] and boxes(((50, 30, 90, 32), 0.9)) == []   # unsure; too thin
+    # Three words in a line that is not quite level, then one below: from left to right, then down.
+    words = [(140, 10, 160, 20), (60, 12, 100, 22), (5, 8, 25, 18), (60, 60, 100, 70)]
+    order = boxes(*((word, 0.8) for word in words))
+    assert [round(x0) for x0, _, _, _ in order] == [0, 54, 135, 54] and order[3][1] > 50
+    # A wide region joined at a corner is one line.
+    assert len(boxes(((10, 10, 40, 20), 0.8), ((40, 20, 70, 30), 0.8))) == 1
+
+
+def test_ctc_drops_blanks_and_repeats_and_what_it_is_not_sure_of():
+    def read(indices, confidence=0.9):
+        probabilities = torch.full((len(indices), 4), (1 - confidence) / 3)
+        probabilities[range(len(indices)), indices] = confidence
+        return read_ctc(probabilities, ["blank", "a", "b", " "])
+
+    assert read([1, 1, 0, 1, 2, 2, 3, 0, 2]) == "aab b" and read([0, 0]) == "" and read([2]) == "b"
+    assert read([1, 2], 0.51) == "ab" and read([1, 2], 0.49) == ""
+
+
+CHARACTERS = ["blank", *"abcdef", " "]
+
+
+@pytest.fixture(scope="module")
+def ocr_folder(tmp_path_factory):
+    """Random PP-OCRv5 models: `ocr=FOLDER` as documented."""
+    folder = tmp_path_factory.mktemp("ocr")
+    backbone = {"model_type": "hgnet_v2", "stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 16],
+                "stage_mid_channels": [8] * 4, "stage_out_channels": [16] * 4, "stage_num_blocks": [1] * 4,
+                "stage_numb_of_layers": [1] * 4, "embedding_size": 8, "hidden_sizes": [16] * 4, "depths": [1] * 4,
+                "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    kernels = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
+    for length, name in ((7, "long"), (5, "mid"), (3, "short")):
+        for part, shape in (("vertical_long_to_small", (length, 1)), ("horizontal_small_to_long", (1, length)),
+                            ("symmetric_conv_long", (length, length))):
+            key = f"{part}_{name}ratio" if "symmetric" in part else f"{part}_conv_{name}ratio"
+            kernels[key] = [list(shape), [1, 1], [side // 2 for side in shape]]
+    detector = PPOCRV5ServerDetConfig(backbone_config=backbone, neck_out_channels=16, intraclass_block_config=kernels,
+                                      scale_factor_list=[1, 2, 4, 8], kernel_list=[3, 2, 2])
+    backbone = {**backbone, "stage_downsample": [True] * 4, "stem_strides": [2, 1, 1, 1, 1],
+                "stage_downsample_strides": [[2, 1], [1, 2], [2, 1], [2, 1]]}
+    recognizer = PPOCRV5ServerRecConfig(backbone_config=backbone, hidden_size=16, num_attention_heads=2, depth=1,
+                                        head_out_channels=8)
+    torch.manual_seed(56)
+    detector = AutoModelForObjectDetection.from_config(detector).eval().requires_grad_(False)
+    recognizer = AutoModelForTextRecognition.from_config(recognizer).eval().requires_grad_(False)
+    for parameter in (*detector.parameters(), *recognizer.parameters()):   # as drawn, all images look alike to them
+        if parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    # Text here and there, and every character somewhere.
+    detector.head.binarize_head.conv_final.bias[:] = -5
+    detector.head.local_refinement_module.convolution_final.bias[:] = -5
+    output = recognizer.head.head
+    output.bias -= recognizer(torch.randn(4, 3, 48, 320)).last_hidden_state.log().mean((0, 1))
+    output.weight *= 300
+    output.bias *= 300
+    detector.save_pretrained(folder / "detector")
+    recognizer.save_pretrained(folder / "recognizer")
+    settings = {"character_list": CHARACTERS, "image_processor_type": "PPOCRV5ServerRecImageProcessor"}
+    (folder / "recognizer" / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_ocr_runs_on_its_detector_and_recogniser(ocr_folder, monkeypatch):
+    images = pictures(6, (160, 96), 57) + pictures(2, (96, 96), 58)
+    detector, recognizer = (
+        auto_class.from_pretrained(ocr_folder / name).requires_grad_(False).eval() for auto_class, name in (
+            (AutoModelForObjectDetection, "detector"), (AutoModelForTextRecognition, "recognizer")))
+    texts = []
+    for image in images:
+        crops = cut_lines(detector, [image])[0]
+        texts.append("".join(read_lines(recognizer, CHARACTERS, [crop])[0] for crop in crops))
+    assert len(set(texts)) > 4
+    # Asked for what is read, for half of it with another letter, and for something else.
+    wanted = [(text, text[len(text) // 2:] + "f", "zzz")[i % 3] for i, text in enumerate(texts)]
+    prompts = [f'It says "{text}"' for text in wanted]
+    scores = check_batching(load_reward(f"ocr={ocr_folder}"), images, prompts, [{}] * 8)
+    torch.testing.assert_close(scores, torch.tensor([ocr_score(*pair) for pair in zip(texts, wanted)]))
+    assert (scores[::3] == 1).all() and (scores[2::3] == 0).all() and scores.unique().numel() > 2
+    monkeypatch.setattr("transformers.__version__", "5.3.0")
+    with pytest.raises(RewardError, match=r"'ocr' needs transformers 5\.4 or newer.*this is 5\.3\.0"):
+        load_reward(f"ocr={ocr_folder}")
+
+
+def test_ocr_models_see_what_they_were_trained_on(ocr_folder):
+    detector, recognizer = (
+        auto_class.from_pretrained(ocr_folder / name).requires_grad_(False).eval() for auto_class, name in (
+            (AutoModelForObjectDetection, "detector"), (AutoModelForTextRecognition, "recognizer")))
+    seen = []
+    for model in (detector, recognizer):
+        model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["pixel_values"]), with_kwargs=True)
+    cut_lines(detector, [Image.new("RGB", (100, 50), (255, 0, 0))])
+    cut_lines(detector, [Image.new("RGB", (1920, 480))])
+    assert seen[0].shape == (1, 3, 64, 96) and seen[1].shape == (1, 3, 256, 960)   # in 32s, and at most 960
+    # Blue, green, red, with ImageNet's numbers for red, green, blue.
+    torch.testing.assert_close(seen[0][0, :, 0, 0], torch.tensor([-0.485 / 0.229, -0.456 / 0.224, 0.594 / 0.225]))
+    seen.clear()
+    white = [Image.new("RGB", size, (255, 255, 255)) for size in ((100, 24), (350, 48), (100, 48))]
+    read_lines(recognizer, CHARACTERS, white)
+    assert [pixels.shape for pixels in seen] == [(2, 3, 48, 320), (1, 3, 48, 640)]
+    widths = [(pixels[i] == 1).all(1).all(0).sum().item() for pixels, i in ((seen[0], 0), (seen[1], 0), (seen[0], 1))]
+    assert widths == [200, 350, 100] and (seen[0][0, :, :, 200:] == 0).all()
+
+
+def test_expected_rating_worked_by_hand():
+    logits = torch.tensor([[0, 0, 0, 0, 0], [-50, -50, -50, -50, 50], [50, -50, -50, -50, -50], [0, -50, -50, 0, -50],
+                           [math.log(8), 0, -50, math.log(1), -50]])
+    torch.testing.assert_close(expected_rating(logits), torch.tensor([3, 5, 1, 2.5, (8 + 2 + 4) / 10]))
+
+
+@pytest.fixture(scope="module")
+def vlm_folder(tmp_path_factory):
+    """A random Qwen2.5-VL, the architecture of the default judge, with a tokenizer of letters and its chat template."""
+    folder = tmp_path_factory.mktemp("vlm")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+               "<|video_pad|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *map(chr, range(32, 127)), "\n"])}
+    letters = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    letters.pre_tokenizer = Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=special[0], eos_token=special[2],
+                                        additional_special_tokens=special[1:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% for part in m.content %}{% if part.type == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024).save_pretrained(folder)
+    config = Qwen2_5_VLConfig(
+        text_config={"vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+                     "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": 2,
+                     "pad_token_id": 0, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+                       "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]},
+        image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4)
+    torch.manual_seed(59)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for parameter in model.parameters():   # as drawn, all images look alike to it
+        if parameter.ndim > 1:
+            parameter.data *= 10
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_vlm_score_is_the_expected_rating_at_the_first_token_of_the_answer(vlm_folder):
+    images = pictures(9) + pictures(9, (32, 56), 60)
+    prompts = ["a red circle", "a star " * 9, "x", 'a {brace} and a "quote"'] * 4 + ["a ring"] * 2
+    scores = check_batching(load_reward(f"vlm={vlm_folder}"), images, prompts, [{}] * 18)
+    assert scores.min() >= 1 and scores.max() <= 5 and scores.std() > 0.05
+    # Written out for one image with the model's own forward pass.
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(vlm_folder)
+    tokenizer = AutoTokenizer.from_pretrained(vlm_folder)
+    pixels = AutoImageProcessor.from_pretrained(vlm_folder)(images=images[3:4], return_tensors="pt")
+    seen = "<|image_pad|>" * (int(pixels.image_grid_thw.prod()) // 4)
+    question = RATING_PROMPT.replace("{prompt}", 'a {brace} and a "quote"')
+    tokens = tokenizer(f"<|im_start|>user<|vision_start|>{seen}<|vision_end|>{question}<|im_end|><|im_start|>assistant",
+                       return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(input_ids=tokens, mm_token_type_ids=(tokens == 5).long(), **pixels).logits[0, -1]
+    chances = logits[tokenizer.convert_tokens_to_ids(list("12345"))].softmax(-1)
+    assert scores[3].item() == pytest.approx(sum(i * p.item() for i, p in enumerate(chances, 1)), rel=1e-4)
+
+
+def test_vlm_needs_a_token_for_every_rating(vlm_folder, tmp_path):
+    folder = tmp_path / "letters"
+    shutil.copytree(vlm_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["4"], content["model"]["vocab"]["5"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(RewardError, match="letters has no tokens of their own for the ratings 1 to 5"):
+        load_reward(f"vlm={folder}")
 
 
 # ------------------------------------------------------------------------------------------------
