@@ -475,8 +475,7 @@ def score_geneval(metadata, detections, exact=True):
 
 
 def load_detector(path, device):
-    """Mask2Former and its image processor, as detect_objects takes them, in float32 even on a GPU: it is a small model,
-    and its confidences are held against published thresholds."""
+    """Mask2Former and its image processor, as detect_objects takes them."""
     from transformers import AutoImageProcessor, Mask2FormerModel, Mask2FormerPreTrainedModel
 
     class Detector(Mask2FormerPreTrainedModel):
@@ -488,11 +487,12 @@ def load_detector(path, device):
             self.class_predictor = torch.nn.Linear(config.hidden_dim, config.num_labels + 1)
             self.post_init()
 
-        def forward(self, pixel_values, pixel_mask):  # -> class logits [B, Q, labels + 1], mask logits [B, Q, h, w]
-            output = self.model(pixel_values, pixel_mask, output_hidden_states=True)
+        def forward(self, pixel_values):  # -> class logits [B, Q, labels + 1], mask logits [B, Q, h, w]
+            output = self.model(pixel_values, output_hidden_states=True)
             last = output.transformer_decoder_intermediate_states[-1].transpose(0, 1)
             return self.class_predictor(last), output.masks_queries_logits[-1]
 
+    # In float32 even on a GPU: it is a small model, and its confidences are held against published thresholds.
     model = load_pretrained(Detector, path, device, torch.float32)
     model.config.id2label = {i: GENEVAL_NAMES.get(name, name) for i, name in model.config.id2label.items()}
     return model, load_pretrained(AutoImageProcessor, path)
@@ -505,9 +505,8 @@ def detect_objects(detector, images):
     box is (x0, y0, x1, y1) in pixels, the mask bool [H, W].
     """
     model, processor = detector
-    inputs = processor(images=images, return_tensors="pt").to(model.device)
-    class_logits, mask_logits = model(inputs.pixel_values, inputs.pixel_mask)
-    rows, columns = int(inputs.pixel_mask[0, :, 0].sum()), int(inputs.pixel_mask[0, 0].sum())  # the rest is padding
+    pixels = processor(images=images, return_tensors="pt").pixel_values.to(model.device)
+    class_logits, mask_logits = model(pixels)
     found = []
     for logits, masks in zip(class_logits, mask_logits):
         probabilities = logits.softmax(-1)[:, :-1].flatten()  # [queries * labels], the last label being "no object"
@@ -515,8 +514,8 @@ def detect_objects(detector, images):
         found.append([])
         for index in indices[confidences > 0.3].tolist():  # the mask can only lower it
             query, label = divmod(index, logits.shape[1] - 1)
-            mask = F.interpolate(masks[None, None, query], inputs.pixel_values.shape[-2:], mode="bilinear")
-            mask = F.interpolate(mask[..., :rows, :columns], images[0].size[::-1], mode="bilinear")[0, 0]
+            mask = F.interpolate(masks[None, None, query], pixels.shape[-2:], mode="bilinear")
+            mask = F.interpolate(mask, images[0].size[::-1], mode="bilinear")[0, 0]
             y, x = (mask > 0).nonzero().T
             if len(x):
                 confidence = float(probabilities[index] * mask[mask > 0].sigmoid().mean())
@@ -679,7 +678,7 @@ def read_lines(recognizer, characters, crops):
             pixels = torch.cat([F.pad(2 * rgb_tensor([crops[i].resize((widths[i], 48), Image.Resampling.BILINEAR)]) - 1,
                                       (0, padded - widths[i])) for i in rows])
             output = recognizer(pixel_values=pixels.to(recognizer.device, recognizer.dtype)).last_hidden_state
-            for i, probabilities in zip(rows, output.float()):
+            for i, probabilities in zip(rows, output.float().cpu()):
                 texts[i] = read_ctc(probabilities, characters)
     return texts
 
@@ -708,9 +707,9 @@ def load_ocr(paths, device):
 # ------------------------------------------------------------------------------------------------
 # A vision-language model as a judge
 # ------------------------------------------------------------------------------------------------
-# Of the judges in the papers, ImageReward (BLIP with a head and a checkpoint format of its own) and DeQA (mPLUG-Owl2)
-# are in no architecture that transformers has.  UnifiedReward is a fine-tuned vision-language model: its Qwen2.5-VL
-# versions run as `vlm=ID`, though asked RATING_PROMPT and not their authors' question; the LLaVA format ones do not.
+# Of the judges in the papers two cannot run here: transformers has neither ImageReward's head on BLIP, in a checkpoint
+# format of its own, nor DeQA's mPLUG-Owl2.  UnifiedReward is a fine-tuned vision-language model: its versions on an
+# architecture of transformers (Qwen2.5-VL) run as `vlm=ID`, though asked RATING_PROMPT and not their authors' question.
 
 RATING_PROMPT = (
     'This image was made for the caption "{prompt}". How well does it show what the caption asks for, and how good '
