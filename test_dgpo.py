@@ -10,14 +10,17 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
@@ -26,8 +29,32 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from PIL import Image
-from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    SwinConfig,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+from transformers.models.mask2former import modeling_mask2former
 
 from benchmarks import throughput
 from dgpo import (
@@ -56,7 +83,29 @@ from dgpo import (
     summarize,
     update,
 )
-from rewards import CATEGORIES, RewardError, load_reward, parse_prompt, score_detections
+from rewards import (
+    CATEGORIES,
+    COLORS,
+    RATING_PROMPT,
+    RewardError,
+    box_relations,
+    color_texts,
+    cut_lines,
+    detect_objects,
+    edit_distance,
+    expected_rating,
+    load_detector,
+    load_reward,
+    object_crops,
+    ocr_score,
+    parse_prompt,
+    read_ctc,
+    read_lines,
+    score_detections,
+    score_geneval,
+    text_boxes,
+    wanted_text,
+)
 from rewards import shapes as verify
 from shapes.train_base import build_tokenizer, scenes
 
@@ -729,7 +778,8 @@ def test_a_reward_that_cannot_be_loaded_is_named_at_once(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
     (tmp_path / "empty.py").write_text("")
     for spec, sentence in (("shape", "unknown reward 'shape'; known: shapes, jpeg_compressibility, jpeg_incompress"),
-                           ("shapes:1.0,pickscore:2", "unknown reward 'pickscore'"), ("", "unknown reward ''"),
+                           ("shapes:1.0,pickscor:2", "unknown reward 'pickscor'"), ("", "unknown reward ''"),
+                           ("jpeg_compressibility=models/jpeg", "has no model, so it takes no '=models/jpeg'"),
                            (f"{tmp_path}/absent.py:f", "absent.py does not exist"),
                            (f"{tmp_path}/broken.py:f", "cannot be imported: ModuleNotFoundError"),
                            (f"{tmp_path}/empty.py:f", "has no function 'f'")):
@@ -750,6 +800,528 @@ def test_every_prompt_is_drawn_once_before_any_is_drawn_again():
     drawn = [row["prompt"] for step in range(10) for row in rows_of_step(rows, step, config)]
     epochs = [drawn[i:i + 10] for i in (0, 10, 20)]
     assert all(sorted(epoch) == [row["prompt"] for row in rows] for epoch in epochs) and epochs[0] != epochs[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# REWARDS THAT ARE MODELS: random ones of the real classes, saved in the real format
+# ------------------------------------------------------------------------------------------------
+
+
+def pictures(count, size=(40, 40), number=50):
+    """Random colourful pictures, [(width, height)] `size`."""
+    noise = np.random.default_rng(number).integers(0, 256, (count, 5, 5, 3), np.uint8)
+    return [Image.fromarray(array).resize(size, Image.Resampling.BICUBIC) for array in noise]
+
+
+def check_batching(reward, images, prompts, metadata):
+    """A reward judges every image for itself, the same each time; returns its scores."""
+    scores = reward(images, prompts, metadata)
+    assert scores.dtype == torch.float32 and scores.shape == (len(images),) and scores.device.type == "cpu"
+    assert torch.equal(scores, reward(images, prompts, metadata)) and not scores.requires_grad
+    alone = [reward([image], [prompt], [fields]) for image, prompt, fields in zip(images, prompts, metadata)]
+    torch.testing.assert_close(scores, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    return scores
+
+
+def save_clip(folder, number):
+    """A random CLIP of the real classes with its processor: 32x32 images, 16 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL / "tokenizer")
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        projection_dim=12, vision_config={**tower, "image_size": 32, "patch_size": 8},
+        text_config={**tower, "vocab_size": len(tokenizer), "max_position_embeddings": 16,
+                     "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id})
+    torch.manual_seed(number)
+    model = CLIPModel(config)
+    for parameter in model.parameters():   # as drawn, all images look alike to it
+        if parameter.ndim > 1:
+            parameter.data *= 10
+    model.save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(processor, tokenizer).save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    save_clip(folder, 51)
+    return folder
+
+
+def clip_cosines(folder, images, prompts):
+    """Written out with transformers alone, one pair at a time."""
+    model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+    values = []
+    for image, prompt in zip(images, prompts):
+        inputs = processor(text=[prompt], images=[image], return_tensors="pt", truncation=True, max_length=16)
+        with torch.no_grad():
+            output = model(**inputs)
+        values.append(F.cosine_similarity(output.image_embeds, output.text_embeds))
+    return torch.cat(values)
+
+
+def test_clip_rewards_are_cosines_of_the_models_own_embeddings(clip_folder):
+    images = pictures(20)   # more than one internal batch
+    prompts = (PROMPTS * 5)[:19] + ["a red circle and " * 20 + "a star"]   # of several lengths, one cut off
+    cosines = clip_cosines(clip_folder, images, prompts)
+    scores = {name: check_batching(load_reward(f"{name}={clip_folder}"), images, prompts, [{}] * 20)
+              for name in ("clipscore", "pickscore")}
+    torch.testing.assert_close(scores["clipscore"], 100 * cosines.clamp(min=0), rtol=1e-4, atol=1e-4)
+    scale = CLIPModel.from_pretrained(clip_folder).logit_scale.exp().item()
+    torch.testing.assert_close(scores["pickscore"], scale * cosines, rtol=1e-4, atol=1e-4)
+    assert cosines.std() > 0.05 and (cosines < 0).any() and (cosines > 0).any()
+
+
+def test_a_model_reward_has_a_path_and_a_weight_and_joins_a_sum(clip_folder):
+    images, prompts = pictures(3), PROMPTS[:3]
+    clip, pick = f"clipscore={clip_folder}", f"pickscore={clip_folder}"
+    clip, pick, both = (load_reward(spec)(images, prompts, [{}] * 3) for spec in (clip, pick, f"{clip}:-0.5, {pick}"))
+    torch.testing.assert_close(both, pick - 0.5 * clip)
+    assert not load_reward(f"clipscore={clip_folder}").strict
+
+
+@pytest.mark.parametrize("form", ["pth", "safetensors"])
+def test_aesthetic_score_is_the_linear_head_on_the_normalised_embedding(clip_folder, tmp_path, form):
+    folder = tmp_path / "aesthetic"
+    shutil.copytree(clip_folder, folder)
+    generator, sizes = seed(52), (12, 10, 4, 1)
+    state = {}
+    for i, (inputs, outputs) in zip((0, 2, 4), zip(sizes, sizes[1:])):   # dropout stands between them, as published
+        state[f"layers.{i}.weight"] = torch.randn(outputs, inputs, generator=generator)
+        state[f"layers.{i}.bias"] = torch.randn(outputs, generator=generator)
+    if form == "pth":
+        torch.save(state, folder / "aesthetic-model.pth")
+    else:
+        save_file(state, folder / "aesthetic-model.safetensors")
+    images = pictures(5)
+    scores = check_batching(load_reward(f"aesthetic={folder}"), images, [""] * 5, [{}] * 5)
+    model, processor = CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        hidden = model.get_image_features(processor(images=images, return_tensors="pt").pixel_values).pooler_output
+    hidden = hidden / hidden.norm(dim=1, keepdim=True)
+    for i in (0, 2, 4):
+        hidden = hidden @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
+    torch.testing.assert_close(scores, hidden[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_loaded_is_named_with_what_to_do(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)   # as without a network, at once
+    partial = tmp_path / "partial"
+    shutil.copytree(clip_folder, partial)
+    weights = load_file(partial / "model.safetensors")
+    save_file({key: value for key, value in weights.items() if key != "visual_projection.weight"},
+              partial / "model.safetensors", {"format": "pt"})
+    small = tmp_path / "small"
+    shutil.copytree(clip_folder, small)
+    torch.save({"0.weight": torch.ones(1, 768), "0.bias": torch.ones(1)}, small / "aesthetic-model.pth")
+    (tmp_path / "hollow").mkdir()
+    for spec, sentence in (
+            ("pickscore", "cannot be loaded from yuvalkirstain/PickScore_v1 and laion/CLIP-ViT-H"),
+            ("pickscore", "(give --reward pickscore=FOLDER with the models' files)"),
+            ("clipscore=someone/clip:2", "'clipscore' cannot be loaded from someone/clip: "),
+            (f"clipscore={tmp_path}/hollow", "'clipscore' cannot be loaded from"),
+            (f"clipscore={partial}", "partial is no CLIPModel: it has no weights for visual_projection.weight"),
+            (f"aesthetic={clip_folder}", "holds no head of the aesthetic predictor"),
+            (f"aesthetic={small}", "takes embeddings of size 768, the CLIP model")):
+        with pytest.raises(RewardError, match=re.escape(sentence)) as caught:
+            load_reward(spec)
+        assert "\n" not in str(caught.value)
+
+
+def test_naming_the_rewards_imports_no_models():
+    code = "import sys, rewards; assert 'transformers' not in sys.modules and 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# Boxes of 20x20 by their place, as (x0, y0, x1, y1).
+LEFT, RIGHT, TOP, MIDDLE = (0, 40, 20, 60), (80, 40, 100, 60), (40, 0, 60, 20), (40, 40, 60, 60)
+
+
+@pytest.mark.parametrize("box, other, relations", [
+    (LEFT, RIGHT, {"left of"}), (RIGHT, LEFT, {"right of"}), (TOP, MIDDLE, {"above"}), (MIDDLE, TOP, {"below"}),
+    ((0, 0, 20, 20), MIDDLE, {"left of", "above"}),                 # on the diagonal, both hold
+    (MIDDLE, MIDDLE, set()), (MIDDLE, (41, 42, 59, 58), set()),     # one over the other: neither
+    ((44, 40, 64, 60), MIDDLE, set()),                              # 4 apart, as much as 0.1 (20 + 20) forgives
+    ((48.5, 40, 68.5, 60), MIDDLE, {"right of"}),                   # 4.5 of 8.5 are left, more than half
+    ((48, 40, 68, 60), MIDDLE, set()),                              # 4 of 8 are left, not more than half
+    ((70, 0, 90, 20), MIDDLE, {"right of", "above"}), ((80, 25, 100, 45), MIDDLE, {"right of"})])
+def test_relations_of_boxes_follow_the_published_geometry(box, other, relations):
+    assert box_relations(box, other) == relations
+
+
+def one(name, **fields):
+    return {"class": name, "count": 1, **fields}
+
+
+def found(name, confidence=0.95, box=MIDDLE, color=None):
+    return name, confidence, box, color
+
+
+DOG, CAT = found("dog", box=LEFT), found("cat", box=RIGHT)
+CUPS = {"tag": "counting", "include": [{"class": "cup", "count": 3}], "exclude": [{"class": "cup", "count": 4}]}
+TWO = {"tag": "two_object", "include": [one("dog"), one("cat")]}
+RED = {"tag": "colors", "include": [one("dog", color="red")]}
+BOTH = {"tag": "color_attr", "include": [one("dog", color="red"), one("cat", color="blue")]}
+CAT_RIGHT = {"tag": "position", "include": [one("dog"), one("cat", position=["right of", 0])]}
+NO_CAT = {"include": [one("dog")], "exclude": [one("cat")]}
+
+
+@pytest.mark.parametrize("metadata, detections, partial, accuracy", [
+    # single_object: the confidence must be above 0.3; further classes do no harm; a second dog does, to the exact score
+    ({"tag": "single_object", "include": [one("dog")]}, [DOG, CAT], 1, 1),
+    ({"tag": "single_object", "include": [one("dog")]}, [], 0, 0),
+    ({"tag": "single_object", "include": [one("dog")]}, [found("dog", 0.3)], 0, 0),
+    ({"tag": "single_object", "include": [one("dog")]}, [found("dog", 0.301)], 1, 1),
+    ({"tag": "single_object", "include": [one("dog")]}, [DOG, DOG], 0, 1),
+    ({"tag": "single_object", "include": [one("dog")]}, [DOG] * 40, -14, 1),          # 16 of them count
+    ({"tag": "two_object", "include": [one("dog"), one("dog")]}, [DOG], 1, 1),        # a repeated clause asks no more
+    (TWO, [DOG, CAT], 1, 1), (TWO, [DOG], 1 / 2, 0), (TWO, [DOG, CAT, CAT, CAT], (1 - 1) / 2, 1),
+    # counting: the confidence must be above 0.9, and one too many is wrong in both
+    (CUPS, [found("cup")] * 3, 1, 1), (CUPS, [found("cup")] * 2, 2 / 3, 0), (CUPS, [found("cup")] * 4, 2 / 3, 0),
+    (CUPS, [found("cup")] * 3 + [found("cup", 0.9)], 1, 1), (CUPS, [found("cup", 0.9)] * 3, 0, 0),
+    # colors
+    (RED, [found("dog", color="red")], 1, 1), (RED, [found("dog", color="pink")], 1 / 2, 0), (RED, [], 0, 0),
+    (RED, [found("dog", 0.5, color="pink"), found("dog", 0.6, color="red")], 0, 1),   # the surest dog is red
+    (RED, [found("dog", 0.6, color="pink"), found("dog", 0.5, color="red")], 0, 0),
+    ({"include": [{"class": "dog", "count": 2, "color": "red"}]},
+     [found("dog", color="red"), found("dog", color="blue")], 3 / 4, 0),
+    # color_attr
+    (BOTH, [found("dog", color="red"), found("cat", color="blue")], 1, 1),
+    (BOTH, [found("dog", color="blue"), found("cat", color="red")], 1 / 2, 0),
+    (BOTH, [found("dog", color="red")], 1 / 2, 0),
+    # position: of the second class as seen from the first, which has to be there
+    (CAT_RIGHT, [DOG, CAT], 1, 1), (CAT_RIGHT, [found("dog", box=RIGHT), found("cat", box=LEFT)], 2 / 3, 0),
+    (CAT_RIGHT, [found("dog"), found("cat")], 2 / 3, 0), (CAT_RIGHT, [CAT], 1 / 3, 0), (CAT_RIGHT, [DOG], 1 / 3, 0),
+    ({"include": [one("dog", color="red"), one("cat", position=["right of", 0])]}, [DOG, CAT], 1 / 2, 0),
+    (CAT_RIGHT, [DOG, CAT, found("cat", 0.5, box=LEFT)], 1 / 3, 1),
+    (CAT_RIGHT, [found("dog", 0.5, box=LEFT), found("dog", 0.6, box=RIGHT), found("cat")], (0 + 1 + 0) / 3, 0),
+    # exclude
+    (NO_CAT, [DOG], 1, 1), (NO_CAT, [DOG, CAT], 1 / 2, 0), (NO_CAT, [DOG, found("cat", 0.3)], 1, 1)])
+def test_geneval_rules_worked_by_hand(metadata, detections, partial, accuracy):
+    for detected in (detections, detections[::-1]):
+        assert score_geneval(metadata, detected) == pytest.approx(partial)
+        assert (score_geneval(metadata, detected) == 1.0) == (partial == 1)   # to the last bit: strict accuracy asks
+        assert score_geneval(metadata, detected, exact=False) == accuracy
+
+
+def full_mask2former(source):
+    """The class the hub's checkpoint was saved from, of a config or a folder; its loss asks for scipy to be built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_mask2former, "requires_backends", lambda *_: None)
+        build = Mask2FormerForUniversalSegmentation
+        return build(source) if isinstance(source, Mask2FormerConfig) else build.from_pretrained(source)
+
+
+@pytest.fixture(scope="module")
+def geneval_folder(tmp_path_factory):
+    """A random Mask2Former with Swin, sure of what it sees, and a random CLIP: `geneval=FOLDER` as documented."""
+    folder = tmp_path_factory.mktemp("geneval")
+    save_clip(folder / "clip", 53)
+    backbone = SwinConfig(image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=4,
+                          out_features=["stage1", "stage2", "stage3", "stage4"])
+    labels = dict(enumerate(["dog", "mouse", "tvmonitor", "cup"]))
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32,
+        encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=6,
+        id2label=labels, label2id={name: i for i, name in labels.items()})
+    torch.manual_seed(54)
+    model = full_mask2former(config)
+    model.class_predictor.weight.data *= 40
+    model.save_pretrained(folder / "detector")
+    Mask2FormerImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder / "detector")
+    return folder
+
+
+def test_geneval_runs_on_its_detector_and_clip(geneval_folder):
+    images = pictures(9) + pictures(8, (56, 40), 55)   # of two sizes
+    classes = ("dog", "computer mouse", "tv", "cup")    # two of them under GenEval's own names
+    metadata = [{"include": [one(classes[i % 4], color=COLORS[i % 10]), one(classes[(i + 1) % 4])]} for i in range(17)]
+    reward = load_reward(f"geneval={geneval_folder}")
+    scores = check_batching(reward, images, [""] * 17, metadata)
+    assert scores.unique().numel() > 3 and scores.max() <= 1 and reward.strict
+    accuracy = load_reward(f"geneval_accuracy={geneval_folder}")(images, [""] * 17, metadata)
+    assert set(accuracy.tolist()) <= {0.0, 1.0} and (accuracy >= (scores == 1)).all()
+
+
+def test_geneval_sees_the_detectors_masks_and_names_colours_with_clip(geneval_folder):
+    image = pictures(1, (48, 40))[0]
+    detector = load_detector(geneval_folder / "detector", "cpu")
+    objects = detect_objects(detector, [image])[0]
+    assert len(objects) > 2
+    for label, confidence, box, mask in objects:
+        ys, xs = np.nonzero(mask)
+        assert mask.shape == (40, 48) and box == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+        assert 0.15 < confidence <= 1 and label in ("dog", "computer mouse", "tv", "cup")
+    # The surest query and label of the model as transformers has it, written out.
+    inputs = detector[1](images=[image], return_tensors="pt")
+    with torch.no_grad():
+        output = full_mask2former(geneval_folder / "detector")(**inputs)
+    assert inputs.pixel_mask.all()
+    best, pairs = 0, 0
+    for query, probabilities in enumerate(output.class_queries_logits[0].softmax(-1)[:, :-1]):
+        mask = output.masks_queries_logits[:, query:query + 1]
+        mask = F.interpolate(F.interpolate(mask, inputs.pixel_values.shape[-2:], mode="bilinear"), (40, 48),
+                             mode="bilinear")
+        best = max(best, (probabilities.max() * mask[mask > 0].sigmoid().mean()).item())
+        pairs += (probabilities > 0.3).sum().item() * bool((mask > 0).any())
+    assert max(confidence for _, confidence, _, _ in objects) == pytest.approx(best, rel=1e-5)
+    assert len(objects) == pairs
+    # A crop is the box, the object as it is and grey around it.
+    _, _, (x0, y0, x1, y1), mask = objects[0]
+    crop = np.asarray(object_crops(image, objects)[0])
+    expected = np.where(mask[..., None], np.asarray(image), 0x99)[y0:y1, x0:x1]
+    assert np.array_equal(crop, expected)
+    # Its colour is the one whose three captions are nearest to the crop of the surest object of the class.
+    label = max(objects, key=lambda d: d[1])[0]
+    assert color_texts(label)[3:6] == [f"a photo of a orange {label}", f"a photo of a orange-colored {label}",
+                                       "a photo of a orange object"]
+    model, processor = (c.from_pretrained(geneval_folder / "clip") for c in (CLIPModel, CLIPProcessor))
+    surest = object_crops(image, [max(objects, key=lambda d: d[1])])
+    with torch.no_grad():
+        texts = processor(text=color_texts(label), return_tensors="pt", padding=True, truncation=True, max_length=16)
+        captions = F.normalize(model.get_text_features(**texts).pooler_output, dim=-1).view(10, 3, -1).mean(1)
+        crop = model.get_image_features(**processor(images=surest, return_tensors="pt")).pooler_output
+    color = COLORS[F.cosine_similarity(captions, crop).argmax()]
+    reward = load_reward(f"geneval_accuracy={geneval_folder}")
+    for named in COLORS:
+        assert reward([image], ["?"], [{"include": [one(label, color=named)]}]).item() == (named == color)
+
+
+def test_geneval_refuses_prompts_it_cannot_judge(geneval_folder, tmp_path):
+    reward = load_reward(f"geneval={geneval_folder}")
+    for fields, sentence in (({}, "'a dog' has no field 'include'"),
+                             ({"include": [one("dragon")]}, "'a dog' asks for {'class': 'dragon'"),
+                             ({"include": [one("dog", color="mauve")]}, "a class or colour that is not known")):
+        with pytest.raises(RewardError, match=re.escape(sentence)):
+            reward(pictures(1), ["a dog"], [fields])
+    with pytest.raises(RewardError, match=re.escape("with the subfolders detector (the files of facebook/mask2former")):
+        load_reward(f"geneval={tmp_path}")
+
+
+@pytest.mark.parametrize("a, b, distance", [
+    ("", "", 0), ("abc", "", 3), ("", "abc", 3), ("abc", "abc", 0), ("kitten", "sitting", 3), ("flaw", "lawn", 2),
+    ("ab", "ba", 2), ("a" * 30, "b" * 20, 30)])
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+@pytest.mark.parametrize("read, wanted, score", [
+    ("Hello", "hello", 1), ("HEL LO", "Hel lo", 1), ("say hello there", "hello", 1),   # contained: perfect
+    ("hallo", "hello", 0.8), ("hell", "hello", 0.8), ("", "hello", 0), ("something else", "hello", 0),
+    ("helo world", "hello", 0)])                                                       # 6 edits, of 5 letters: capped
+def test_ocr_score_is_the_authors(read, wanted, score):
+    assert ocr_score(read, wanted) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("prompt, fields, text", [
+    ('A sign that says "Hello World".', {}, "Hello World"), ("A cup with “Good day” on it", {}, "Good day"),
+    ('"One" above "Two"', {}, "One"), ('a “sign” with "it\'s"', {}, "sign"), ('"One"', {"text": "Two"}, "Two"),
+    ("no quotes", {"text": "Two"}, "Two"), ("don't and won't", {}, None), ('an empty ""', {}, None),
+    ('a " "', {}, None), ('5" nail', {}, None)])
+def test_the_wanted_text_stands_in_double_quotes_or_in_the_metadata(prompt, fields, text):
+    if text is None:
+        with pytest.raises(RewardError, match=re.escape(f"ocr: the prompt {prompt!r} has no text in double quotes")):
+            wanted_text(prompt, fields)
+    else:
+        assert wanted_text(prompt, fields) == text
+
+
+def test_text_boxes_are_grown_components_in_reading_order():
+    def boxes(*regions, size=(100, 200)):
+        probability = torch.full(size, 0.1)
+        for (x0, y0, x1, y1), value in regions:
+            probability[y0:y1, x0:x1] = value
+        return text_boxes(probability)
+
+    # 40x10: grown by 1.5 * 400 / 100 = 6 on every side, and cut at the edge of the map.
+    assert boxes(((50, 30, 90, 40), 0.9)) == [(44, 24, 96, 46)]
+    assert boxes(((0, 0, 40, 10), 0.9)) == [(0, 0, 46, 16)]
+    assert boxes() == []
+    assert boxes(((50, 30, 90, 40), 0.59)) == [] and boxes(((50, 30, 90, 32), 0.9)) == []   # unsure; too thin
+    # Three words in a line that is not quite level, then one below: from left to right, then down.
+    words = [(140, 10, 160, 20), (60, 12, 100, 22), (5, 8, 25, 18), (60, 60, 100, 70)]
+    order = boxes(*((word, 0.8) for word in words))
+    assert [round(x0) for x0, _, _, _ in order] == [0, 54, 135, 54] and order[3][1] > 50
+    # A wide region joined at a corner is one line.
+    assert len(boxes(((10, 10, 40, 20), 0.8), ((40, 20, 70, 30), 0.8))) == 1
+
+
+def test_ctc_drops_blanks_and_repeats_and_what_it_is_not_sure_of():
+    def read(indices, confidence=0.9):
+        probabilities = torch.full((len(indices), 4), (1 - confidence) / 3)
+        probabilities[range(len(indices)), indices] = confidence
+        return read_ctc(probabilities, ["blank", "a", "b", " "])
+
+    assert read([1, 1, 0, 1, 2, 2, 3, 0, 2]) == "aab b" and read([0, 0]) == "" and read([2]) == "b"
+    assert read([1, 2], 0.51) == "ab" and read([1, 2], 0.49) == ""
+
+
+CHARACTERS = ["blank", *"abcdef", " "]
+
+
+@pytest.fixture(scope="module")
+def ocr_folder(tmp_path_factory):
+    """Random PP-OCRv5 models: `ocr=FOLDER` as documented."""
+    PPOCRV5ServerDetConfig, PPOCRV5ServerRecConfig = (   # the floor of requirements.txt, 5.0, does not have them
+        getattr(transformers, name, None) or pytest.skip("this transformers has no PP-OCRv5")
+        for name in ("PPOCRV5ServerDetConfig", "PPOCRV5ServerRecConfig"))
+    folder = tmp_path_factory.mktemp("ocr")
+    backbone = {"model_type": "hgnet_v2", "stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 16],
+                "stage_mid_channels": [8] * 4, "stage_out_channels": [16] * 4, "stage_num_blocks": [1] * 4,
+                "stage_numb_of_layers": [1] * 4, "embedding_size": 8, "hidden_sizes": [16] * 4, "depths": [1] * 4,
+                "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    kernels = {"reduce_channel": [1, 1, 0], "return_channel": [1, 1, 0]}
+    for length, name in ((7, "long"), (5, "mid"), (3, "short")):
+        for part, shape in (("vertical_long_to_small", (length, 1)), ("horizontal_small_to_long", (1, length)),
+                            ("symmetric_conv_long", (length, length))):
+            key = f"{part}_{name}ratio" if "symmetric" in part else f"{part}_conv_{name}ratio"
+            kernels[key] = [list(shape), [1, 1], [side // 2 for side in shape]]
+    detector = PPOCRV5ServerDetConfig(backbone_config=backbone, neck_out_channels=16, intraclass_block_config=kernels,
+                                      scale_factor_list=[1, 2, 4, 8], kernel_list=[3, 2, 2])
+    backbone = {**backbone, "stage_downsample": [True] * 4, "stem_strides": [2, 1, 1, 1, 1],
+                "stage_downsample_strides": [[2, 1], [1, 2], [2, 1], [2, 1]]}
+    recognizer = PPOCRV5ServerRecConfig(backbone_config=backbone, hidden_size=16, num_attention_heads=2, depth=1,
+                                        head_out_channels=8)
+    torch.manual_seed(56)
+    detector = transformers.AutoModelForObjectDetection.from_config(detector).eval().requires_grad_(False)
+    recognizer = transformers.AutoModelForTextRecognition.from_config(recognizer).eval().requires_grad_(False)
+    for parameter in (*detector.parameters(), *recognizer.parameters()):   # as drawn, all images look alike to them
+        if parameter.ndim > 1:
+            torch.nn.init.kaiming_normal_(parameter)
+    # Text here and there, and every character somewhere.
+    detector.head.binarize_head.conv_final.bias[:] = -5
+    detector.head.local_refinement_module.convolution_final.bias[:] = -5
+    output = recognizer.head.head
+    output.bias -= recognizer(torch.randn(4, 3, 48, 320)).last_hidden_state.log().mean((0, 1))
+    output.weight *= 300
+    output.bias *= 300
+    detector.save_pretrained(folder / "detector")
+    recognizer.save_pretrained(folder / "recognizer")
+    settings = {"character_list": CHARACTERS, "image_processor_type": "PPOCRV5ServerRecImageProcessor"}
+    (folder / "recognizer" / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def ocr_models(folder):
+    detector = transformers.AutoModelForObjectDetection.from_pretrained(folder / "detector")
+    recognizer = transformers.AutoModelForTextRecognition.from_pretrained(folder / "recognizer")
+    return detector.requires_grad_(False).eval(), recognizer.requires_grad_(False).eval()
+
+
+def test_ocr_runs_on_its_detector_and_recogniser(ocr_folder, monkeypatch):
+    images = pictures(6, (160, 96), 57) + pictures(2, (96, 96), 58)
+    detector, recognizer = ocr_models(ocr_folder)
+    texts = []
+    for image in images:
+        crops = cut_lines(detector, [image])[0]
+        texts.append("".join(read_lines(recognizer, CHARACTERS, [crop])[0] for crop in crops))
+    assert len(set(texts)) > 4
+    # Asked for what is read, for half of it with another letter, and for something else.
+    wanted = [(text, text[len(text) // 2:] + "f", "zzz")[i % 3] for i, text in enumerate(texts)]
+    prompts = [f'It says "{text}"' for text in wanted]
+    scores = check_batching(load_reward(f"ocr={ocr_folder}"), images, prompts, [{}] * 8)
+    torch.testing.assert_close(scores, torch.tensor([ocr_score(*pair) for pair in zip(texts, wanted)]))
+    assert (scores[::3] == 1).all() and (scores[2::3] == 0).all() and scores.unique().numel() > 2
+    monkeypatch.setattr("transformers.__version__", "5.3.0")
+    with pytest.raises(RewardError, match=r"'ocr' needs transformers 5\.4 or newer.*this is 5\.3\.0"):
+        load_reward(f"ocr={ocr_folder}")
+
+
+def test_ocr_models_see_what_they_were_trained_on(ocr_folder):
+    detector, recognizer = ocr_models(ocr_folder)
+    seen = []
+    for model in (detector, recognizer):
+        model.register_forward_pre_hook(lambda _, args, inputs: seen.append(inputs["pixel_values"]), with_kwargs=True)
+    cut_lines(detector, [Image.new("RGB", (100, 50), (255, 0, 0))])
+    cut_lines(detector, [Image.new("RGB", (1920, 480))])
+    lines = cut_lines(detector, pictures(8, (150, 90), 61))
+    # In steps of 32, and at most 960.
+    assert [pixels.shape[2:] for pixels in seen] == [(64, 96), (256, 960), (96, 160)]
+    upright = 0
+    for of_image, probability in zip(lines, detector(pixel_values=seen[2]).last_hidden_state[:, 0]):
+        for line, box in zip(of_image, text_boxes(probability), strict=True):
+            x0, y0, x1, y1 = (round(edge * scale) for edge, scale in zip(box, 2 * (150 / 160, 90 / 96)))
+            turned = y1 - y0 >= 1.5 * (x1 - x0)   # text that runs up
+            assert line.size == ((y1 - y0, x1 - x0) if turned else (x1 - x0, y1 - y0))
+            upright += turned
+    assert 0 < upright < sum(map(len, lines))
+    # Blue, green, red, with ImageNet's numbers for red, green, blue.
+    torch.testing.assert_close(seen[0][0, :, 0, 0], torch.tensor([-0.485 / 0.229, -0.456 / 0.224, 0.594 / 0.225]))
+    seen.clear()
+    white = [Image.new("RGB", size, (255, 255, 255)) for size in ((100, 24), (350, 48), (100, 48))]
+    read_lines(recognizer, CHARACTERS, white)
+    assert [pixels.shape for pixels in seen] == [(2, 3, 48, 320), (1, 3, 48, 640)]
+    widths = [(pixels[i] == 1).all(1).all(0).sum().item() for pixels, i in ((seen[0], 0), (seen[1], 0), (seen[0], 1))]
+    assert widths == [200, 350, 100] and (seen[0][0, :, :, 200:] == 0).all()
+
+
+def test_expected_rating_worked_by_hand():
+    logits = torch.tensor([[0, 0, 0, 0, 0], [-50, -50, -50, -50, 50], [50, -50, -50, -50, -50], [0, -50, -50, 0, -50],
+                           [math.log(8), 0, -50, math.log(1), -50]])
+    torch.testing.assert_close(expected_rating(logits), torch.tensor([3, 5, 1, 2.5, (8 + 2 + 4) / 10]))
+
+
+@pytest.fixture(scope="module")
+def vlm_folder(tmp_path_factory):
+    """A random Qwen2.5-VL, the architecture of the default judge, with a tokenizer of letters and its chat template."""
+    folder = tmp_path_factory.mktemp("vlm")
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+               "<|video_pad|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *map(chr, range(32, 127)), "\n"])}
+    letters = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    letters.pre_tokenizer = Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=special[0], eos_token=special[2],
+                                        additional_special_tokens=special[1:])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% for part in m.content %}{% if part.type == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}")
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessor(patch_size=4, merge_size=2, min_pixels=64, max_pixels=1024).save_pretrained(folder)
+    config = Qwen2_5_VLConfig(
+        text_config={"vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+                     "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": 2,
+                     "pad_token_id": 0, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]}},
+        vision_config={"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32,
+                       "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]},
+        image_token_id=5, video_token_id=6, vision_start_token_id=3, vision_end_token_id=4)
+    torch.manual_seed(59)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    for parameter in model.parameters():   # as drawn, all images look alike to it
+        if parameter.ndim > 1:
+            parameter.data *= 10
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_vlm_score_is_the_expected_rating_at_the_first_token_of_the_answer(vlm_folder):
+    images = pictures(9) + pictures(9, (32, 56), 60)
+    prompts = ["a red circle", "a star " * 9, "x", 'a {brace} and a "quote"'] * 4 + ["a ring"] * 2
+    scores = check_batching(load_reward(f"vlm={vlm_folder}"), images, prompts, [{}] * 18)
+    assert scores.min() >= 1 and scores.max() <= 5 and scores.std() > 0.05
+    # Written out for one image with the model's own forward pass.
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(vlm_folder)
+    tokenizer = AutoTokenizer.from_pretrained(vlm_folder)
+    pixels = AutoImageProcessor.from_pretrained(vlm_folder)(images=images[3:4], return_tensors="pt")
+    seen = "<|image_pad|>" * (int(pixels.image_grid_thw.prod()) // 4)
+    question = RATING_PROMPT.replace("{prompt}", 'a {brace} and a "quote"')
+    tokens = tokenizer(f"<|im_start|>user<|vision_start|>{seen}<|vision_end|>{question}<|im_end|><|im_start|>assistant",
+                       return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(input_ids=tokens, mm_token_type_ids=(tokens == 5).long(), **pixels).logits[0, -1]
+    chances = logits[tokenizer.convert_tokens_to_ids(list("12345"))].softmax(-1)
+    assert scores[3].item() == pytest.approx(sum(i * p.item() for i, p in enumerate(chances, 1)), rel=1e-4)
+
+
+def test_vlm_needs_a_token_for_every_rating(vlm_folder, tmp_path):
+    folder = tmp_path / "letters"
+    shutil.copytree(vlm_folder, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["4"], content["model"]["vocab"]["5"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(RewardError, match="letters has no tokens of their own for the ratings 1 to 5"):
+        load_reward(f"vlm={folder}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -973,7 +1545,7 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
             (["--prompt-file", long], "long.txt, line 3: the prompt 'a red star left of"),
             (["--prompt-file", single], "with a single prompt, give --eval-prompt-file"),
             (["--eval-prompt-file", empty], "empty.txt holds no prompt"),
-            (["--reward", "pickscore"], "unknown reward 'pickscore'; known: shapes, "),
+            (["--reward", "pickscor"], "unknown reward 'pickscor'; known: shapes, "),
             (["--group-size", 1], "--group-size must"),
             (["--device", "abacus"], "--device abacus"),
             (["--beta", "nan"], "--beta must"),
