@@ -476,7 +476,7 @@ def score_geneval(metadata, detections, exact=True):
 
 def load_detector(path, device):
     """Mask2Former and its image processor, as detect_objects takes them."""
-    from transformers import AutoImageProcessor, Mask2FormerModel, Mask2FormerPreTrainedModel
+    from transformers import Mask2FormerImageProcessor, Mask2FormerModel, Mask2FormerPreTrainedModel
 
     class Detector(Mask2FormerPreTrainedModel):
         """Mask2FormerForUniversalSegmentation without its loss, which would want scipy."""
@@ -495,7 +495,7 @@ def load_detector(path, device):
     # In float32 even on a GPU: it is a small model, and its confidences are held against published thresholds.
     model = load_pretrained(Detector, path, device, torch.float32)
     model.config.id2label = {i: GENEVAL_NAMES.get(name, name) for i, name in model.config.id2label.items()}
-    return model, load_pretrained(AutoImageProcessor, path)
+    return model, load_pretrained(Mask2FormerImageProcessor, path)
 
 
 def detect_objects(detector, images):
@@ -686,9 +686,6 @@ def read_lines(recognizer, characters, crops):
 def load_ocr(paths, device):
     """How much of the quoted text is read in the image, in [0, 1]: ocr_score of all lines in reading order."""
     import transformers
-    version = transformers.__version__
-    if tuple(map(int, version.split(".")[:2])) < (5, 4):
-        raise RewardError(f"the reward 'ocr' needs transformers 5.4 or newer, which has PP-OCRv5; this is {version}")
     detector = load_pretrained(transformers.AutoModelForObjectDetection, paths["detector"], device)
     recognizer = load_pretrained(transformers.AutoModelForTextRecognition, paths["recognizer"], device)
     settings, _ = transformers.BaseImageProcessor.get_image_processor_dict(paths["recognizer"])

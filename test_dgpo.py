@@ -34,7 +34,6 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import (
-    AutoImageProcessor,
     AutoTokenizer,
     CLIPConfig,
     CLIPImageProcessor,
@@ -1163,9 +1162,6 @@ CHARACTERS = ["blank", *"abcdef", " "]
 @pytest.fixture(scope="module")
 def ocr_folder(tmp_path_factory):
     """Random PP-OCRv5 models: `ocr=FOLDER` as documented."""
-    PPOCRV5ServerDetConfig, PPOCRV5ServerRecConfig = (   # the floor of requirements.txt, 5.0, does not have them
-        getattr(transformers, name, None) or pytest.skip("this transformers has no PP-OCRv5")
-        for name in ("PPOCRV5ServerDetConfig", "PPOCRV5ServerRecConfig"))
     folder = tmp_path_factory.mktemp("ocr")
     backbone = {"model_type": "hgnet_v2", "stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 16],
                 "stage_mid_channels": [8] * 4, "stage_out_channels": [16] * 4, "stage_num_blocks": [1] * 4,
@@ -1177,12 +1173,14 @@ def ocr_folder(tmp_path_factory):
                             ("symmetric_conv_long", (length, length))):
             key = f"{part}_{name}ratio" if "symmetric" in part else f"{part}_conv_{name}ratio"
             kernels[key] = [list(shape), [1, 1], [side // 2 for side in shape]]
-    detector = PPOCRV5ServerDetConfig(backbone_config=backbone, neck_out_channels=16, intraclass_block_config=kernels,
-                                      scale_factor_list=[1, 2, 4, 8], kernel_list=[3, 2, 2])
+    detector = transformers.PPOCRV5ServerDetConfig(
+        backbone_config=backbone, neck_out_channels=16, intraclass_block_config=kernels,
+        scale_factor_list=[1, 2, 4, 8], kernel_list=[3, 2, 2])
     backbone = {**backbone, "stage_downsample": [True] * 4, "stem_strides": [2, 1, 1, 1, 1],
                 "stage_downsample_strides": [[2, 1], [1, 2], [2, 1], [2, 1]]}
-    recognizer = PPOCRV5ServerRecConfig(backbone_config=backbone, hidden_size=16, num_attention_heads=2, depth=1,
-                                        head_out_channels=8)
+    recognizer = transformers.PPOCRV5ServerRecConfig(
+        backbone_config=backbone, hidden_size=16, num_attention_heads=2, depth=1,
+        head_out_channels=8)
     torch.manual_seed(56)
     detector = transformers.AutoModelForObjectDetection.from_config(detector).eval().requires_grad_(False)
     recognizer = transformers.AutoModelForTextRecognition.from_config(recognizer).eval().requires_grad_(False)
@@ -1209,7 +1207,7 @@ def ocr_models(folder):
     return detector.requires_grad_(False).eval(), recognizer.requires_grad_(False).eval()
 
 
-def test_ocr_runs_on_its_detector_and_recogniser(ocr_folder, monkeypatch):
+def test_ocr_runs_on_its_detector_and_recogniser(ocr_folder):
     images = pictures(6, (160, 96), 57) + pictures(2, (96, 96), 58)
     detector, recognizer = ocr_models(ocr_folder)
     texts = []
@@ -1223,9 +1221,6 @@ def test_ocr_runs_on_its_detector_and_recogniser(ocr_folder, monkeypatch):
     scores = check_batching(load_reward(f"ocr={ocr_folder}"), images, prompts, [{}] * 8)
     torch.testing.assert_close(scores, torch.tensor([ocr_score(*pair) for pair in zip(texts, wanted)]))
     assert (scores[::3] == 1).all() and (scores[2::3] == 0).all() and scores.unique().numel() > 2
-    monkeypatch.setattr("transformers.__version__", "5.3.0")
-    with pytest.raises(RewardError, match=r"'ocr' needs transformers 5\.4 or newer.*this is 5\.3\.0"):
-        load_reward(f"ocr={ocr_folder}")
 
 
 def test_ocr_models_see_what_they_were_trained_on(ocr_folder):
@@ -1303,7 +1298,7 @@ def test_vlm_score_is_the_expected_rating_at_the_first_token_of_the_answer(vlm_f
     # Written out for one image with the model's own forward pass.
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(vlm_folder)
     tokenizer = AutoTokenizer.from_pretrained(vlm_folder)
-    pixels = AutoImageProcessor.from_pretrained(vlm_folder)(images=images[3:4], return_tensors="pt")
+    pixels = Qwen2VLImageProcessor.from_pretrained(vlm_folder)(images=images[3:4], return_tensors="pt")
     seen = "<|image_pad|>" * (int(pixels.image_grid_thw.prod()) // 4)
     question = RATING_PROMPT.replace("{prompt}", 'a {brace} and a "quote"')
     tokens = tokenizer(f"<|im_start|>user<|vision_start|>{seen}<|vision_end|>{question}<|im_end|><|im_start|>assistant",
