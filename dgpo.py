@@ -638,7 +638,7 @@ def evaluate(model, rewards, rows, config, policy):
     prompts = [row["prompt"] for row in repeated]
     noise = torch.randn(len(repeated), *model.latent_shape, generator=seeded("evaluation"))
     total = -(-len(repeated) // config.rollout_batch_size) * config.eval_num_inference_steps
-    with tqdm(total=total, desc="evaluation", leave=False, position=1) as bar:
+    with tqdm(total=total, desc="evaluation", leave=False) as bar:
         _, images = rollout(model, prompts, noise, config.eval_num_inference_steps, policy, config, bar)
     return {name: reward(images, prompts, repeated).view(len(rows), -1) for name, reward in rewards.items()}, images
 
@@ -885,7 +885,7 @@ def train_step(model, optimizer, reward, rows, step, config):
     noise = torch.randn(P * G, *model.latent_shape, generator=seeded(config.seed, "rollout", step))  # [B, C, H, W]
     clock = [time.monotonic()]
     evaluations = -(-P * G // config.rollout_batch_size) * config.num_inference_steps
-    with tqdm(total=evaluations + config.updates_per_rollout, desc="rollout", leave=False, position=1) as bar:
+    with tqdm(total=evaluations + config.updates_per_rollout, desc="rollout", leave=False) as bar:
         x0, images = rollout(model, prompts, noise, config.num_inference_steps, policy, config, bar)
         clock.append(time.monotonic())
         rewards = reward(images, prompts, repeated).view(P, G)                                     # [P, G]
@@ -918,7 +918,7 @@ def train(config):
     else:
         after = evaluate(model, rewards, held_out, config, "ema")
     try:
-        with tqdm(total=config.steps, initial=step, desc="dgpo", position=0) as bar:
+        with tqdm(total=config.steps, initial=step, desc="dgpo") as bar:
             while step < config.steps:
                 cache_text_ahead(model, rows, held_out, step, config)
                 metrics = train_step(model, optimizer, reward, rows_of_step(rows, step, config), step, config)

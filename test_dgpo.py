@@ -1489,6 +1489,37 @@ def test_a_pipeline_with_t5_goes_through_the_whole_command_line(sd35, tmp_path, 
     assert set(without) == {"base"} and without["base"] != table["jpeg_incompressibility"]["base"]
 
 
+def test_every_model_reward_runs_inside_the_command(sd35, clip_folder, geneval_folder, ocr_folder, vlm_folder, tmp_path,
+                                                    capsys):
+    aesthetic = tmp_path / "aesthetic"
+    shutil.copytree(clip_folder, aesthetic)
+    save_file({"layers.0.weight": torch.randn(1, 12, generator=seed(62)), "layers.0.bias": torch.zeros(1)},
+              aesthetic / "aesthetic-model.safetensors")
+    rewards = {"geneval": geneval_folder, "geneval_accuracy": geneval_folder, "pickscore": clip_folder,
+               "clipscore": clip_folder, "aesthetic": aesthetic, "ocr": ocr_folder, "vlm": vlm_folder}
+    specs = [f"{name}={folder}" for name, folder in rewards.items()]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"tag": "two_object", "include": [one("dog"), one(name)],
+                                           "prompt": f'a dog and a {name} that says "{name}"'}) + "\n"
+                               for name in ("tv", "cup")))
+    common = ["--model", sd35, "--prompt-file", prompts, "--max-sequence-length", 30, "--dtype", "float32",
+              "--resolution", 32]
+    assert run(tmp_path / "scores", *common, "--evaluate", "--reward", ",".join(specs)) == 0
+    table = json.loads((tmp_path / "scores/evaluation.json").read_text())["rewards"]
+    assert list(table) == specs
+    assert set(table[specs[0]]["base"]["categories"]) == {"two_object"}
+    # And as what is trained on and what is watched.
+    assert run(tmp_path / "run", *common, "--eval-prompt-file", prompts, "--steps", 1, "--reward",
+               f"{specs[5]}:0.5,{specs[2]}", "--eval-reward", ",".join(specs)) == 0
+    assert list(metrics_of(tmp_path / "run")[-1]["eval_judges"]) == specs
+    # Prompts that a reward cannot judge are named.
+    prompts.write_text('{"prompt": "a dog"}\n')
+    for spec, sentence in ((specs[0], "'a dog' has no field 'include'"), (specs[5], "'a dog' has no text in double")):
+        capsys.readouterr()
+        assert run(tmp_path / "refused", *common, "--evaluate", "--reward", spec) == 2
+        assert sentence in refusal(capsys.readouterr().err)
+
+
 def test_the_throughput_benchmark_prints_its_table(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", "throughput.py --preset tiny --device cpu --group-size 3 --repeats 1".split())
     throughput.main()
