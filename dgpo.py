@@ -26,8 +26,10 @@ Departures from the paper and from its authors' published settings:
 import argparse
 import dataclasses
 import json
+import math
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -48,6 +50,7 @@ from rewards import RewardError, load_reward, prompt_category
 # ------------------------------------------------------------------------------------------------
 
 
+MAX_SKIPPED = 10   # steps in a row whose gradient may be infinite before a run gives up
 EMBEDDED_MODEL = Path(__file__).resolve().parent / "shapes/model"
 
 
@@ -139,6 +142,7 @@ class Config:
     eval_images: int = setting(4, "images a held-out prompt, from noises that stay the same")
     eval_num_inference_steps: int = setting(10, "solver steps of evaluation (paper: 40)")
     save_every: int = setting(50, "steps between checkpoints")
+    keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay")
 
     def check(self):
         """Refuse values that make no sense, each by name.  Raises UserError."""
@@ -350,7 +354,8 @@ class LoRA:
             tensors[f"transformer.{name}.lora_A.weight"] = down.detach().cpu().contiguous()
             tensors[f"transformer.{name}.lora_B.weight"] = (layer.scale * up.detach()).cpu().contiguous()
         folder.mkdir(parents=True, exist_ok=True)
-        save_atomically(tensors, folder / "pytorch_lora_weights.safetensors", {"format": "pt"})
+        write_atomically(folder / "pytorch_lora_weights.safetensors",
+                         lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -524,6 +529,9 @@ def rollout(model, prompts, noise, num_steps, policy, config, bar=None):
 
         start = noise[i:i + config.rollout_batch_size].to(model.device)
         latents.append(sample_ode(velocity, start, sigmas, config.solver))
+        if not latents[-1].isfinite().all():
+            raise UserError(f"the {policy} model draws images that are not finite: a lower --learning-rate or another "
+                            "--dtype may help; --resume goes on from the last checkpoint")
         images += model.decode(latents[-1])
     return torch.cat(latents), images
 
@@ -600,15 +608,19 @@ def update(model, optimizer, x0, prompts, advantages, config, step, bar=None):
         # A function of the step alone, not of --steps: a run can be made longer without having been another run.
         for parameters in optimizer.param_groups:
             parameters["lr"] = config.learning_rate / (1 + step / config.learning_rate_decay) ** 0.5
-    totals = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm"), 0.0)
+    totals = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm", "skipped_updates"), 0.0)
     for k in range(steps if len(useful) else 0):
         columns = range(k * M // steps, (k + 1) * M // steps)
         group, column = (t.flatten() for t in torch.meshgrid(useful, torch.tensor(columns), indexing="ij"))
         sums = accumulate_gradients(model, x0[group], [prompts[g] for g in group], advantages[group],
                                     sigma[group, column], noise[group, column], config, P * len(columns))
-        norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), config.max_grad_norm)
-        optimizer.step()
+        norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), config.max_grad_norm).item()
+        if math.isfinite(norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(norm):   # one such step would spoil every weight and AdamW's moments for good
+            totals["skipped_updates"] += 1
+            continue
         done = step * steps + k + 1
         model.lora.follow("old", min(config.old_decay, config.old_decay_ramp * done))
         # Early on a long average would be mostly the untrained model: (1 + k) / (10 + k) opens it gradually.
@@ -617,7 +629,7 @@ def update(model, optimizer, x0, prompts, advantages, config, step, bar=None):
             model.lora.follow("reference", config.reference_decay)
         for name, value in sums.items():
             totals[name] += value / (len(group) * steps)
-        totals["gradient_norm"] += norm.item() / steps
+        totals["gradient_norm"] += norm / steps
         if bar is not None:
             bar.update()
     return totals
@@ -750,10 +762,10 @@ def load_prompts(path, model=None):
     return list(rows.values())
 
 
-def save_atomically(tensors, path, metadata):
-    """Write a safetensors file so that `path` is either the old file or the whole new one, whatever happens."""
+def write_atomically(path, write):
+    """Call write(temporary path) so that `path` is either the old file or the whole new one, whatever happens."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata)
+    write(temporary)
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -767,7 +779,7 @@ def save_checkpoint(path, model, optimizer, step, curve, metrics_bytes, seconds)
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"adamw.{i}.{key}": value for key, value in state.items()})
     progress = {"step": step, "curve": curve, "metrics_bytes": metrics_bytes, "seconds": seconds}
-    save_atomically(tensors, path, {"progress": json.dumps(progress)})
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"progress": json.dumps(progress)}))
 
 
 def load_checkpoint(path, model, optimizer):
@@ -790,9 +802,23 @@ def load_checkpoint(path, model, optimizer):
     return progress
 
 
+def load_newest_checkpoint(folder, model, optimizer):
+    """The progress of a run's newest checkpoint that is whole; that of step 0 if it has none.  Raises UserError if all
+    are damaged."""
+    paths = sorted((folder / "checkpoints").glob("*.safetensors"), reverse=True)
+    for path in paths:
+        try:
+            return load_checkpoint(path, model, optimizer)
+        except UserError as error:
+            print(error, file=sys.stderr)
+    if paths:
+        raise UserError(f"none of the checkpoints in {folder / 'checkpoints'} can be read")
+    return {"step": 0, "curve": [], "metrics_bytes": 0, "seconds": 0.0}
+
+
 # What may differ between a run and its continuation; any other setting would make it another run.
-FREE_ON_RESUME = {"resume", "output_dir", "steps", "save_every", "device", "rollout_batch_size", "text_cache_size",
-                  "gradient_checkpointing", "compile"}
+FREE_ON_RESUME = {"resume", "output_dir", "steps", "save_every", "keep_checkpoints", "device", "rollout_batch_size",
+                  "text_cache_size", "gradient_checkpointing", "compile"}
 
 
 def open_run(config, held_out):
@@ -801,21 +827,26 @@ def open_run(config, held_out):
     if (folder / "config.json").exists():
         if not config.resume:
             raise UserError(f"--output-dir {folder} holds another run; give --resume to go on with it")
-        before = json.loads((folder / "config.json").read_text())
+        try:
+            before = dict(json.loads((folder / "config.json").read_text()))
+        except ValueError as error:
+            raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
         for name, value in dataclasses.asdict(config).items():
             if name not in FREE_ON_RESUME and before.get(name, value) != value:
                 raise UserError(f"{flag(name)} is {value}, but the run in {folder} has {before[name]}")
     elif config.resume:
         raise UserError(f"--resume: there is no run in {folder or '.'}")
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    for name in ("samples", "checkpoints"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     # Where no file names the held-out prompts, config.json does.
     named = {} if config.eval_prompt_file else {"held_out": [row["prompt"] for row in held_out]}
-    (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(config), **named}, indent=2) + "\n")
+    text = json.dumps({**dataclasses.asdict(config), **named}, indent=2) + "\n"
+    write_atomically(folder / "config.json", lambda temporary: temporary.write_text(text))
     return folder
 
 
 class RunFolder:
-    """What a run writes: metrics.jsonl, samples/, reward.png, before_after.png, checkpoint.safetensors, lora/."""
+    """What a run writes: metrics.jsonl, samples/, reward.png, before_after.png, checkpoints/, lora/."""
 
     def __init__(self, folder, progress):
         """Continue from `progress` (load_checkpoint's dict): later lines of metrics.jsonl are cut off."""
@@ -823,6 +854,7 @@ class RunFolder:
         self.started = time.monotonic()
         self.metrics = open(folder / "metrics.jsonl", "ab")
         self.metrics.truncate(progress["metrics_bytes"])
+        self.metrics.seek(0, os.SEEK_END)
 
     def seconds(self):
         """Seconds this run has taken, those before a resume included."""
@@ -847,11 +879,34 @@ class RunFolder:
         self.curve.append([step, summary["score"]])
         curve_image(self.curve, "held-out score").save(self.folder / "reward.png")
 
-    def save(self, model, optimizer, step):
-        """Write the checkpoint and the exported LoRA."""
-        save_checkpoint(self.folder / "checkpoint.safetensors", model, optimizer, step, self.curve,
+    def save(self, model, optimizer, step, keep):
+        """Write a checkpoint and the exported LoRA; then only the newest `keep` checkpoints stay."""
+        os.fsync(self.metrics.fileno())   # a checkpoint counts on the lines before it
+        save_checkpoint(self.folder / "checkpoints" / f"{step:06d}.safetensors", model, optimizer, step, self.curve,
                         self.metrics.tell(), self.seconds())
         model.lora.export(self.folder / "lora")
+        for path in sorted((self.folder / "checkpoints").glob("*.safetensors"))[:-keep]:
+            path.unlink()
+
+
+class Stop:
+    """While it is open, the first Ctrl-C or SIGTERM is kept in `signal`; a second one ends the program at once."""
+
+    def __enter__(self):
+        self.signal = None
+        self.handlers = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, frame):
+        """The handler: a step takes minutes on a large model, so say that the signal was heard."""
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        print("\nstopping when this step is done; once more to stop at once, unsaved", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -901,14 +956,12 @@ def train_step(model, optimizer, reward, rows, step, config):
 
 
 def train(config):
-    """Run Algorithm 1 from config to an exported LoRA; returns the output folder."""
+    """Run Algorithm 1 from config to an exported LoRA.  Returns the signal that ended it early, or None."""
     config, rewards, model, rows, held_out = prepare(config)
     folder, reward = open_run(config, held_out), next(iter(rewards.values()))
     optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
                                   weight_decay=config.weight_decay)
-    progress = {"step": 0, "curve": [], "metrics_bytes": 0, "seconds": 0.0}
-    if config.resume and (folder / "checkpoint.safetensors").exists():
-        progress = load_checkpoint(folder / "checkpoint.safetensors", model, optimizer)
+    progress = load_newest_checkpoint(folder, model, optimizer)
     run, step = RunFolder(folder, progress), progress["step"]
     describe(config, model, rows, held_out)
     cache_text_ahead(model, rows, held_out, step, config)
@@ -917,25 +970,35 @@ def train(config):
         run.record_evaluation(0, *before, held_out, rewards)
     else:
         after = evaluate(model, rewards, held_out, config, "ema")
+        if step % config.eval_every == 0 and run.curve[-1][0] < step:   # a judge that raised left it out
+            run.record_evaluation(step, *after, held_out, rewards)
+    skipped = 0   # steps in a row with an update left out
     try:
-        with tqdm(total=config.steps, initial=step, desc="dgpo") as bar:
-            while step < config.steps:
+        with Stop() as stop, tqdm(total=config.steps, initial=step, desc="dgpo") as bar:
+            while step < config.steps and stop.signal is None:
                 cache_text_ahead(model, rows, held_out, step, config)
                 metrics = train_step(model, optimizer, reward, rows_of_step(rows, step, config), step, config)
                 step += 1
                 run.log({"step": step, **metrics})
+                skipped = skipped + 1 if metrics["skipped_updates"] else 0
+                if skipped == MAX_SKIPPED:
+                    raise UserError(f"the gradient was not finite in {skipped} steps in a row: a lower --learning-rate "
+                                    "or another --dtype may help; --resume goes on from the last checkpoint")
                 show(bar, metrics, run.curve, config)
                 if step % config.eval_every == 0 or step == config.steps:
                     after = evaluate(model, rewards, held_out, config, "ema")
                     run.record_evaluation(step, *after, held_out, rewards)
-                if step % config.save_every == 0 or step == config.steps:
-                    run.save(model, optimizer, step)
-    except (RewardError, KeyboardInterrupt):
-        run.save(model, optimizer, step)
+                if step % config.save_every == 0 or step == config.steps or stop.signal is not None:
+                    run.save(model, optimizer, step, config.keep_checkpoints)
+    except RewardError:   # it comes before the step's update, so that what is saved is the end of the last step
+        run.save(model, optimizer, step, config.keep_checkpoints)
         raise
-    report(folder, before, after, held_out, rewards, config)
-    print(f"{run.seconds():.0f} s in all; LoRA, pictures and curve in {folder}")
-    return folder
+    if stop.signal is None or step >= config.steps:
+        report(folder, before, after, held_out, rewards, config)
+        print(f"{run.seconds():.0f} s in all; LoRA, pictures and curve in {folder}")
+        return None
+    print(f"stopped after step {step}; the run is saved in {folder}, --resume goes on with it", file=sys.stderr)
+    return stop.signal
 
 
 def show(bar, metrics, curve, config):
@@ -1051,18 +1114,18 @@ def parse_arguments(arguments=None):
 
 
 def main(arguments=None):
-    """The command line.  Exit codes: 0 done, 1 cannot write, 2 a setting or a reward to mend, 130 interrupted."""
+    """The command line.  Exit codes: 0 done, 1 cannot write, 2 a setting or a reward to mend, 128 + signal."""
     config = parse_arguments(arguments)
     try:
-        (compare if config.evaluate else train)(config)
+        stopped_by = (compare if config.evaluate else train)(config)
     except (UserError, RewardError) as error:
         return fail(error, 2)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         place = getattr(error, "filename", None) or config.output_dir or "runs"
         return fail(f"writing to {place} failed: {getattr(error, 'strerror', None) or error}", 1)
     except KeyboardInterrupt:
-        return fail("interrupted; the run is saved, --resume goes on with it", 130)
-    return 0
+        return fail("interrupted before the first step: nothing was trained", 130)
+    return 0 if stopped_by is None else 128 + stopped_by
 
 
 def fail(message, code):
