@@ -1574,15 +1574,19 @@ def test_a_pipeline_with_t5_goes_through_the_whole_command_line(sd35, tmp_path, 
     assert set(without) == {"base"} and without["base"] != table["jpeg_incompressibility"]["base"]
 
 
-def test_every_model_reward_runs_inside_the_command(sd35, clip_folder, geneval_folder, ocr_folder, vlm_folder, tmp_path,
-                                                    capsys):
-    aesthetic = tmp_path / "aesthetic"
+@pytest.fixture(scope="module")
+def judges(clip_folder, geneval_folder, ocr_folder, vlm_folder, tmp_path_factory):
+    """Every reward that is a model, with the folder of a small one."""
+    aesthetic = tmp_path_factory.mktemp("judges") / "aesthetic"
     shutil.copytree(clip_folder, aesthetic)
     save_file({"layers.0.weight": torch.randn(1, 12, generator=seed(62)), "layers.0.bias": torch.zeros(1)},
               aesthetic / "aesthetic-model.safetensors")
-    rewards = {"geneval": geneval_folder, "geneval_accuracy": geneval_folder, "pickscore": clip_folder,
-               "clipscore": clip_folder, "aesthetic": aesthetic, "ocr": ocr_folder, "vlm": vlm_folder}
-    specs = [f"{name}={folder}" for name, folder in rewards.items()]
+    return {"geneval": geneval_folder, "geneval_accuracy": geneval_folder, "pickscore": clip_folder,
+            "clipscore": clip_folder, "aesthetic": aesthetic, "ocr": ocr_folder, "vlm": vlm_folder}
+
+
+def test_every_model_reward_runs_inside_the_command(sd35, judges, tmp_path, capsys):
+    specs = [f"{name}={folder}" for name, folder in judges.items()]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"tag": "two_object", "include": [one("dog"), one(name)],
                                            "prompt": f'a dog and a {name} that says "{name}"'}) + "\n"
@@ -1702,14 +1706,31 @@ def readme_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
-def test_every_command_of_the_readme_parses():
+def test_every_command_of_the_readme_runs(sd35, judges, tmp_path, monkeypatch):
+    # Each as it stands there and then made short, with small models of the same kind in the place of the hub's.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes").symlink_to(ROOT / "shapes")
+    (tmp_path / "my_rewards.py").write_text("def brightness(images, prompts, metadata):\n"
+                                            "    return [i.convert('L').getpixel((9, 9)) for i in images]\n")
+    for path in ("geneval/train_metadata.jsonl", "ocr/train.txt", "pickscore/train.txt"):
+        (tmp_path / path).parent.mkdir()
+        rows = [{"prompt": f'a {name} that says "{name}"', "include": [one(name)]} for name in ("dog", "tv", "cup")]
+        lines = [json.dumps(row) if path.endswith("jsonl") else row["prompt"] for row in rows]
+        (tmp_path / path).write_text("\n".join(lines))
+    assert run(tmp_path / "runs/my-run", "--steps", 1) == 0   # the LoRA that README goes on with
     text = "".join(readme_blocks("bash")).replace("\\\n", " ")
-    commands = re.findall(r"python dgpo\.py.*", text)
-    assert commands
-    for command in commands:
-        arguments = shlex.split(command, comments=True)[2:]
-        if "--help" not in arguments:
-            parse_arguments(arguments).check()
+    commands = [shlex.split(command, comments=True) for command in re.findall(r"python \S+\.py.*", text)]
+    assert len(commands) > 5
+    for i, (_, script, *arguments) in enumerate(commands):
+        assert script == "dgpo.py"
+        hub = "stabilityai/stable-diffusion-3.5-medium"
+        small = ["--model", sd35, "--dtype", "float32", "--resolution", 32] if hub in arguments else []
+        for name in ("--reward", "--eval-reward"):
+            if name in arguments:
+                at = arguments.index(name) + 1
+                arguments[at] = ",".join(f"{r}={judges[r]}" if r in judges else r for r in arguments[at].split(","))
+        short = [*TINY[2:], "--steps", 1, "--output-dir", tmp_path / f"run{i}", *small]
+        assert main([*arguments, *map(str, short)]) == 0
 
 
 def test_the_readmes_loss_for_copying_runs():
