@@ -1512,9 +1512,9 @@ def test_training_raises_the_reward(tmp_path):
     assert last.mean() - first.mean() > 3 * standard_error
 
 
-@pytest.fixture(scope="module")
-def sd35(tmp_path_factory):
-    """A random pipeline with all that Stable Diffusion 3.5 has, a T5 and dual attention too, saved to a folder."""
+@pytest.fixture(scope="module", params=["3", "3.5-medium"])
+def sd35(request, tmp_path_factory):
+    """A random pipeline with all that Stable Diffusion 3 or 3.5 Medium has, a T5 too, saved to a folder."""
     torch.manual_seed(28)
     clip_tokenizer = build_tokenizer()
     clip_tokenizer.model_max_length = 40
@@ -1525,8 +1525,9 @@ def sd35(tmp_path_factory):
     t5_tokenizer = T5Tokenizer(vocab=pieces + [(chr(c), -3.0) for c in range(97, 123)], extra_ids=0)
     t5 = T5Config(vocab_size=len(t5_tokenizer), d_model=40, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     preset = throughput.PRESETS["tiny"]
+    old = {"qk_norm": None, "dual_attention_layers": ()} if request.param == "3" else {}
     pipe = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**{**preset["transformer"], "joint_attention_dim": 40}),
+        transformer=SD3Transformer2DModel(**{**preset["transformer"], "joint_attention_dim": 40, **old}),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=AutoencoderKL(**preset["vae"]),
         text_encoder=CLIPTextModelWithProjection(clip), tokenizer=clip_tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(clip), tokenizer_2=clip_tokenizer,

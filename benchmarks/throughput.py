@@ -1,8 +1,10 @@
-"""How fast a training step is, and how much of it is not the transformer's own time.
+r"""How fast a training step is, and how much of it is not the transformer's own time.
 
     python benchmarks/throughput.py                       # Stable Diffusion 3.5 Medium, 512x512, on the device there is
     python benchmarks/throughput.py --compile             # the same with compiled transformer blocks
     python benchmarks/throughput.py --preset tiny         # a few seconds on a CPU
+    python benchmarks/throughput.py --preset embedded --groups-per-step 8 --group-size 12 --rollout-batch-size 256 \
+        --train-batch-size 96 --repeats 15                # the default job's step, random weights
     python benchmarks/throughput.py --count-memory        # what a step keeps on the device, counted on any machine
 
 Transformer and VAE are built at full size with random weights from the configurations below, so nothing is downloaded;
@@ -22,7 +24,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dgpo import PAPER, SD3, Config, group_advantages, rollout, update  # noqa: E402
+from dgpo import EMBEDDED_MODEL, PAPER, SD3, Config, group_advantages, rollout, update  # noqa: E402
 
 # `tokens`: text tokens a prompt, 77 of CLIP and 256 of T5; `settings`: those of dgpo.py.
 PRESETS = {
@@ -48,6 +50,9 @@ PRESETS = {
             shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False),
         "tokens": 10,
         "settings": dict(num_inference_steps=4, lora_rank=4, updates_per_rollout=1)},
+    "embedded": {
+        "transformer": SD3Transformer2DModel.load_config(EMBEDDED_MODEL / "transformer"),
+        "vae": AutoencoderKL.load_config(EMBEDDED_MODEL / "vae"), "tokens": 11, "settings": {}},
 }
 
 
@@ -56,11 +61,12 @@ def random_model(preset, config, prompts):
     default = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, config.dtype))
     with torch.device(config.device):
-        transformer = SD3Transformer2DModel(**preset["transformer"])
+        transformer = SD3Transformer2DModel.from_config(preset["transformer"])
     torch.set_default_dtype(default)
     pipe = StableDiffusion3Pipeline(
-        transformer=transformer, vae=AutoencoderKL(**preset["vae"]), scheduler=FlowMatchEulerDiscreteScheduler(),
-        text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
+        transformer=transformer, vae=AutoencoderKL.from_config(preset["vae"]),
+        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder=None, tokenizer=None, text_encoder_2=None,
+        tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
     model = SD3(pipe, config)
     width, pooled = (preset["transformer"][f"{name}_dim"] for name in ("joint_attention", "pooled_projection"))
     model.text_cache = {p: [torch.randn(shape, dtype=model.dtype) for shape in ((preset["tokens"], width), (pooled,))]
