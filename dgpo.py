@@ -751,7 +751,8 @@ def load_prompts(path, model=None):
         if str(path).endswith(".jsonl"):
             try:
                 row = json.loads(line)
-            except ValueError as error:
+                json.dumps(row, ensure_ascii=False).encode()   # JSON can hold half a surrogate pair, text cannot
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: no JSON: {error}") from error
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise UserError(f'{path}, line {number}: not an object with a text as its "prompt"')
@@ -788,6 +789,8 @@ def load_checkpoint(path, model, optimizer):
     try:
         with safe_open(path, "pt") as file:
             tensors, progress = {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["progress"])
+        progress = {name: kind(progress[name]) for name, kind in (
+            ("step", int), ("curve", list), ("metrics_bytes", int), ("seconds", float))}
         with torch.no_grad():
             for policy in next(iter(model.lora.layers.values())).policies:
                 for i, t in enumerate(model.lora.weights(policy)):
@@ -854,7 +857,7 @@ class RunFolder:
         self.folder, self.curve, self.past_seconds = folder, progress["curve"], progress["seconds"]
         self.started = time.monotonic()
         self.metrics = open(folder / "metrics.jsonl", "ab")
-        self.metrics.truncate(progress["metrics_bytes"])
+        self.metrics.truncate(min(progress["metrics_bytes"], self.metrics.tell()))
         self.metrics.seek(0, os.SEEK_END)
 
     def seconds(self):
@@ -1125,6 +1128,13 @@ def main(arguments=None):
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         place = getattr(error, "filename", None) or config.output_dir or "runs"
         return fail(f"writing to {place} failed: {getattr(error, 'strerror', None) or error}", 1)
+    except (RuntimeError, MemoryError) as error:   # torch.OutOfMemoryError is one of them; a CPU has none of its own
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
+            raise
+        flags = ", ".join(f"{flag(name)} (now {getattr(config, name)})" for name in (
+            "rollout_batch_size", "train_batch_size", "group_size", "resolution", "lora_rank"))
+        return fail(f"out of memory: lower {flags}, or give --gradient-checkpointing; --resume goes on from the last "
+                    "checkpoint", 1)
     except KeyboardInterrupt:
         return fail("interrupted before the first step: nothing was trained", 130)
     return 0 if stopped_by is None else 128 + stopped_by

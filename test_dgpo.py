@@ -1,8 +1,9 @@
 """What the method promises, one property a test, in the order of dgpo.py.
 
-    python -m pytest -q test_dgpo.py        # about two minutes on two CPU cores; needs pytest and peft besides
+    python -m pytest -q test_dgpo.py   # about three minutes on two CPU cores; needs pytest, peft and hypothesis besides
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -29,6 +30,8 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer
@@ -70,6 +73,7 @@ from dgpo import (
     draw_timesteps,
     evaluate,
     group_advantages,
+    load_checkpoint,
     load_pipeline,
     load_prompts,
     main,
@@ -79,6 +83,7 @@ from dgpo import (
     rollout,
     rows_of_step,
     sample_ode,
+    save_checkpoint,
     shift_time,
     summarize,
     update,
@@ -124,6 +129,9 @@ def sd3(**settings):
     """The embedded model, freshly loaded, and the settings it was loaded with."""
     config = Config(**{"model": str(MODEL), "device": "cpu", "lora_rank": 4, **settings})
     return SD3(load_pipeline(config.model, config), config), config
+
+
+MODEL_FOR_FUZZING = sd3()[0]   # loaded once, for the thousands of inputs that hypothesis makes up
 
 
 def diffusers_pipeline():
@@ -538,8 +546,8 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch():
 def test_gradient_checkpointing_and_compiling_leave_the_update_unchanged():
     preset, weights = throughput.PRESETS["tiny"], []
     preset = {**preset, "transformer": {**preset["transformer"], "num_layers": 1}}   # compiling takes its time
-    for settings in ({}, {"gradient_checkpointing": True}, {"compile": True}):
-        config = Config(device="cpu", lora_rank=4, train_batch_size=5, reference_decay=1.0, **settings)
+    for how in ({}, {"gradient_checkpointing": True}, {"compile": True}):
+        config = Config(device="cpu", lora_rank=4, train_batch_size=5, reference_decay=1.0, **how)
         torch.manual_seed(27)
         model = throughput.random_model(preset, config, PROMPTS)
         randomize(model, "current", 0.05, 26)
@@ -1629,6 +1637,68 @@ def refusal(stderr):
     sentence = stderr.splitlines()[-1]
     assert sentence.startswith("dgpo.py: error: ")
     return sentence
+
+
+def test_running_out_of_memory_is_answered_with_the_flags_that_help(tmp_path, capsys):
+    assert run(tmp_path, "--lora-rank", 10 ** 9) == 1   # terabytes
+    assert "out of memory: lower --rollout-batch-size (now 256), " in refusal(capsys.readouterr().err)
+
+
+PROMPT_LINES = st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode), st.sampled_from(
+    [b"a star", b"\xef\xbb\xbfa ring", b"\x00", b"a " * 3000, b'{"prompt": "a star"}', b'{"prompt": ["a"]}',
+     b'{"prompt": "\\ud800"}', b"[" * 5000, b"NaN", b"1" * 5000]))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(lines=st.lists(PROMPT_LINES, max_size=8), end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+       suffix=st.sampled_from([".txt", ".jsonl"]))
+def test_any_prompt_file_is_read_or_refused_in_one_sentence(tmp_path, lines, end, suffix):
+    path = tmp_path / f"prompts{suffix}"
+    path.write_bytes(end.join(lines))
+    try:
+        rows = load_prompts(path, MODEL_FOR_FUZZING)
+        assert rows and all(row["prompt"].strip() for row in rows)
+        assert len({row["prompt"] for row in rows}) == len(rows)
+    except UserError as error:
+        assert str(path) in str(error)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_checkpoint_or_a_lora_with_any_damage_is_read_or_refused_in_one_sentence(tmp_path, data):
+    model, optimizer = MODEL_FOR_FUZZING, adamw(MODEL_FOR_FUZZING)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    for write, read in ((lambda: save_checkpoint(path, model, optimizer, 3, [[0, 0.5]], 7, 1.0),
+                         lambda: load_checkpoint(path, model, optimizer)),
+                        (lambda: model.lora.export(tmp_path), lambda: model.lora.load(tmp_path))):
+        write()
+        content = bytearray(path.read_bytes())
+        if data.draw(st.booleans()):
+            content = content[:data.draw(st.integers(0, len(content) - 1))]
+        for place in data.draw(st.lists(st.integers(0, 3000), max_size=4)):   # in the header, mostly
+            if place < len(content):
+                content[place] = data.draw(st.integers(0, 255))
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            progress = read()
+            assert progress is None or set(progress) == {"step", "curve", "metrics_bytes", "seconds"}
+
+
+FLAGS = st.sampled_from([field.name for field in dataclasses.fields(Config)])
+VALUES = st.one_of(st.text(max_size=20), st.integers().map(str), st.floats().map(str), st.sampled_from(
+    ["nan", "-inf", "1e400", "-1", "0", "1e9", "", "None", "\u0663", "9" * 5000]))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(pairs=st.lists(st.tuples(FLAGS, VALUES), max_size=4))
+def test_any_flags_are_taken_or_refused(pairs):
+    arguments = ["--prompt-file", "p.txt", *(f"--{name.replace('_', '-')}={value}" for name, value in pairs)]
+    try:
+        parse_arguments(arguments).check()
+    except UserError as error:
+        assert str(error).startswith("--")
+    except SystemExit as error:   # argparse's own refusal
+        assert error.code == 2
 
 
 def test_another_model_gets_the_papers_settings_unless_told_otherwise():
