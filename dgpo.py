@@ -767,10 +767,13 @@ def load_prompts(path, model=None):
 def write_atomically(path, write):
     """Call write(temporary path) so that `path` is either the old file or the whole new one, whatever happens."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)   # what a full disk has left of it would only fill the disk
 
 
 def save_checkpoint(path, model, optimizer, step, curve, metrics_bytes, seconds):
@@ -1128,8 +1131,8 @@ def main(arguments=None):
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         place = getattr(error, "filename", None) or config.output_dir or "runs"
         return fail(f"writing to {place} failed: {getattr(error, 'strerror', None) or error}", 1)
-    except (RuntimeError, MemoryError) as error:   # torch.OutOfMemoryError is one of them; a CPU has none of its own
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:   # without a GPU, torch has no class of its own for it
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
             raise
         flags = ", ".join(f"{flag(name)} (now {getattr(config, name)})" for name in (
             "rollout_batch_size", "train_batch_size", "group_size", "resolution", "lora_rank"))

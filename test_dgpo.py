@@ -10,8 +10,10 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1401,27 +1403,47 @@ def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path):
 def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(tmp_path):
     # SIGKILL, wherever it strikes; benchmarks/ would do this for hours, here it is done a few times.
     command = [sys.executable, ROOT / "dgpo.py", "--model", MODEL, "--prompt-file", ROOT / "shapes/prompts.txt",
-               "--device", "cpu", *TINY, "--eval-every", "2", "--save-every", "1", "--steps", "12",
+               "--device", "cpu", *TINY, "--eval-every", "2", "--save-every", "1", "--steps", "16",
                "--reward", "jpeg_incompressibility"]
     subprocess.run([*command, "--output-dir", tmp_path / "calm"], check=True, capture_output=True)
-    killed, moments = 0, np.random.default_rng(64)
+    metrics, killed, moments = tmp_path / "killed/metrics.jsonl", 0, np.random.default_rng(64)
+
+    def written():
+        return metrics.stat().st_size if metrics.exists() else 0
+
     while True:
-        resume = ["--resume"] if (tmp_path / "killed/config.json").exists() else []
+        before, resume = written(), ["--resume"] if metrics.exists() else []
         process = subprocess.Popen([*command, "--output-dir", tmp_path / "killed", *resume], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, text=True)
-        metrics = tmp_path / "killed/metrics.jsonl"
-        before = metrics.stat().st_size if metrics.exists() else 0
-        while killed < 3 and process.poll() is None and (metrics.stat().st_size if metrics.exists() else 0) <= before:
-            time.sleep(0.01)
-        if killed == 3:
-            assert process.wait() == 0, process.stderr.read()
+                                   stderr=subprocess.DEVNULL)
+        if killed < 3:
+            while process.poll() is None and written() <= before:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0, 0.5))
+            process.kill()
+        if process.wait() == 0:
             break
-        time.sleep(moments.uniform(0, 0.5))
-        process.kill()
-        killed += process.wait() == -9
+        assert process.returncode == -signal.SIGKILL
+        killed += 1
+    assert killed > 0
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "calm")
     for name in ("lora/pytorch_lora_weights.safetensors", "before_after.png"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+
+
+def test_a_full_disk_ends_a_run_in_one_sentence_and_harms_nothing(tmp_path, capsys):
+    # The system is told to refuse files over 100 kB, which stops a checkpoint in the middle as a full disk does.
+    flags = ["--reward", "jpeg_incompressibility", "--save-every", 1]
+    assert run(tmp_path / "run", *flags, "--steps", 1) == 0
+    saved = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert run(tmp_path / "run", *flags, "--steps", 2, "--resume") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "writing to" in refusal(capsys.readouterr().err)
+    assert saved == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors*")} and len(saved) == 2
+    assert run(tmp_path / "run", *flags, "--steps", 2, "--resume") == 0
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys):
