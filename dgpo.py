@@ -544,8 +544,8 @@ def rollout(model, prompts, noise, num_steps, policy, config, bar=None):
 def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, total_rows):
     """Add the gradient of loss + KL over R rows, one row a group at one timestep, to the LoRA's .grad.
 
-    x0: [R, G, C, H, W]; prompts: R strings; advantages: [R, G]; sigma: [R]; noise: [R, C, H, W], shared by the group so
-    that its samples differ in x0 alone and the noise cancels between preferred and rejected.  Means are taken over
+    x0: [R, G, C, H, W]; prompts: R strings; advantages: [R, G]; sigma: [R]; noise: [R, 1, C, H, W], shared by the group
+    so that its samples differ in x0 alone and the noise cancels between preferred and rejected.  Means are taken over
     `total_rows`, which counts the groups left out for want of signal.  Micro-batches are whole groups or, where a group
     is larger than train_batch_size, parts of one; the gradient is the full batch's either way, since S of Eq. 17 is
     always the whole group's.  Returns sums over rows: dict of floats.
@@ -553,7 +553,7 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
     R, G = advantages.shape
     parts = [slice(i, i + config.train_batch_size) for i in range(0, G, config.train_batch_size)]
     tokens, pooled = model.encode(prompts)
-    x_t, target = add_noise(x0, noise[:, None], sigma.view(-1, 1, 1, 1, 1))                        # [R, G, C, H, W]
+    x_t, target = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))                                 # [R, G, C, H, W]
 
     def velocity(rows, part, policy, guidance_scale=1.0):                                          # [r, g, C, H, W]
         x = x_t[rows, part]
@@ -598,36 +598,48 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
     return {name: float(value) for name, value in sums.items()}   # read once: every reading waits for the GPU
 
 
-def update(model, optimizer, x0, prompts, advantages, config, step, bar=None):
-    """All optimizer steps on one rollout: x0 [P, G, C, H, W], P prompts, advantages [P, G].  Returns metrics."""
+def optimizer_step(model, optimizer, done, config):
+    """Take the `done + 1`-th step of a run on the gradients there are, and let the other policies follow.
+
+    Returns the gradient's norm; where that is not finite nothing moves.
+    """
+    norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), config.max_grad_norm).item()
+    if config.learning_rate_decay:
+        # A function of the step alone, not of --steps: a run can be made longer without having been another run.
+        step = done // config.updates_per_rollout
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = config.learning_rate / (1 + step / config.learning_rate_decay) ** 0.5
+    if math.isfinite(norm):   # one that is not would spoil every weight and AdamW's moments for good
+        optimizer.step()
+        model.lora.follow("old", min(config.old_decay, config.old_decay_ramp * (done + 1)))
+        # Early on a long average would be mostly the untrained model: (1 + k) / (10 + k) opens it gradually.
+        model.lora.follow("ema", min(config.ema_decay, (2 + done) / (11 + done)))
+        if config.reference_decay < 1:
+            model.lora.follow("reference", config.reference_decay)
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def update(model, optimizer, x0, prompts, advantages, config, step, bar=None, accumulate=accumulate_gradients):
+    """All optimizer steps on one rollout: x0 [P, G, C, H, W], P prompts, advantages [P, G].  Returns metrics.
+
+    `accumulate` is the update rule: benchmarks/baselines.py puts those of other methods in its place.
+    """
     P, M, steps = len(prompts), config.timesteps_per_rollout, config.updates_per_rollout
     generator = seeded(config.seed, "update", step)
     sigma = draw_timesteps(P, M, config.t_min, config.shift, generator).to(model.device)           # [P, M]
-    noise = torch.randn(P, M, *x0.shape[2:], generator=generator).to(model.device)                 # [P, M, C, H, W]
+    noise = torch.randn(P, M, 1, *x0.shape[2:], generator=generator).to(model.device)              # [P, M, 1, C, H, W]
     useful = advantages.abs().sum(1).nonzero()[:, 0].cpu()
-    if config.learning_rate_decay:
-        # A function of the step alone, not of --steps: a run can be made longer without having been another run.
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = config.learning_rate / (1 + step / config.learning_rate_decay) ** 0.5
     totals = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm", "skipped_updates"), 0.0)
     for k in range(steps if len(useful) else 0):
         columns = range(k * M // steps, (k + 1) * M // steps)
         group, column = (t.flatten() for t in torch.meshgrid(useful, torch.tensor(columns), indexing="ij"))
-        sums = accumulate_gradients(model, x0[group], [prompts[g] for g in group], advantages[group],
-                                    sigma[group, column], noise[group, column], config, P * len(columns))
-        norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), config.max_grad_norm).item()
-        if math.isfinite(norm):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if not math.isfinite(norm):   # one such step would spoil every weight and AdamW's moments for good
+        sums = accumulate(model, x0[group], [prompts[g] for g in group], advantages[group],
+                          sigma[group, column], noise[group, column], config, P * len(columns))
+        norm = optimizer_step(model, optimizer, step * steps + k, config)
+        if not math.isfinite(norm):
             totals["skipped_updates"] += 1
             continue
-        done = step * steps + k + 1
-        model.lora.follow("old", min(config.old_decay, config.old_decay_ramp * done))
-        # Early on a long average would be mostly the untrained model: (1 + k) / (10 + k) opens it gradually.
-        model.lora.follow("ema", min(config.ema_decay, (1 + done) / (10 + done)))
-        if config.reference_decay < 1:
-            model.lora.follow("reference", config.reference_decay)
         for name, value in sums.items():
             totals[name] += value / (len(group) * steps)
         totals["gradient_norm"] += norm / steps
@@ -938,7 +950,7 @@ def cache_text_ahead(model, rows, held_out, step, config):
         model.cache_text([""] * guided + [row["prompt"] for row in held_out + ahead])
 
 
-def train_step(model, optimizer, reward, rows, step, config):
+def train_step(model, optimizer, reward, rows, step, config, accumulate=accumulate_gradients):
     """One step of Algorithm 1: rollout, rewards, advantages, update.  Returns the step's metrics."""
     P, G = config.groups_per_step, config.group_size
     updates_done = step * config.updates_per_rollout
@@ -955,7 +967,8 @@ def train_step(model, optimizer, reward, rows, step, config):
         clock.append(time.monotonic())
         bar.set_description("update")
         advantages = group_advantages(rewards, config.advantage_std).to(model.device)              # [P, G]
-        metrics = update(model, optimizer, x0.unflatten(0, (P, G)), prompts[::G], advantages, config, step, bar)
+        metrics = update(model, optimizer, x0.unflatten(0, (P, G)), prompts[::G], advantages, config, step, bar,
+                         accumulate)
     clock.append(time.monotonic())
     return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
             **({"strict": (rewards >= 1).float().mean().item()} if reward.strict else {}),

@@ -520,10 +520,10 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch():
     randomize(model, "old", 0.05, 16)
     x0, prompts, advantages = update_inputs(model)
     x0, prompts, advantages = x0.repeat(2, 1, 1, 1, 1), prompts * 2, advantages.repeat(2, 1)
-    sigma, noise = torch.tensor([0.6, 0.7, 0.8, 0.95]), torch.randn(4, *model.latent_shape, generator=seed(17))
+    sigma, noise = torch.tensor([0.6, 0.7, 0.8, 0.95]), torch.randn(4, 1, *model.latent_shape, generator=seed(17))
 
     # The objective in one piece and from its definition.
-    x_t, target = add_noise(x0, noise[:, None], sigma.view(-1, 1, 1, 1, 1))
+    x_t, target = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
     text = [t.repeat_interleave(5, 0) for t in model.encode(prompts)]
     v, v_old, v_ref = (model.velocity(x_t.flatten(0, 1), sigma.repeat_interleave(5), text, policy, scale).view_as(x_t)
                        for policy, scale in (("current", 1.0), ("old", 1.0), ("reference", 2.0)))
@@ -572,7 +572,7 @@ def test_groups_without_signal_add_no_gradient_to_the_loss():
     randomize(model, "current", 0.05, 18)
     x0, prompts, advantages = update_inputs(model)
     advantages[1] = 0
-    sigma, noise, gradients = torch.tensor([0.6, 0.9]), torch.randn(2, *model.latent_shape, generator=seed(19)), []
+    sigma, noise, gradients = torch.tensor([0.6, 0.9]), torch.randn(2, 1, *model.latent_shape, generator=seed(19)), []
     for rows in (2, 1):
         accumulate_gradients(model, x0[:rows], prompts[:rows], advantages[:rows], sigma[:rows], noise[:rows], config,
                              total_rows=2)
