@@ -1,0 +1,359 @@
+r"""The paper's claims on the embedded model: DGPO against its neighbours, and what each of its parts is worth.
+
+    pip install -r requirements.txt matplotlib
+    python benchmarks/claims.py --budget 10 --seeds 3                    # every method, 10 minutes of training each
+    python benchmarks/claims.py --budget 3 --ablation t_min              # one ablation, or all of them with `all`
+    python benchmarks/claims.py --budget 3 --name tuning --methods flow_grpo:learning_rate=0.001:clip_range=0.01
+    python benchmarks/claims.py --budget 0                               # only draw and print what was measured before
+
+All runs of a seed stand side by side in one process and take their steps in turn, always the one that has used the
+least time, so that whatever else the machine does falls on all of them alike.  They share model, prompts, reward, LoRA
+and evaluation, all of them dgpo.py's.  A run's clock stands still during evaluations.  Results: results/NAME-SEED.jsonl
+beside this file, a line an evaluation; a run made again replaces its lines.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from benchmarks import baselines, flow_grpo  # noqa: E402
+from dgpo import (  # noqa: E402
+    EMBEDDED_MODEL,
+    SD3,
+    UserError,
+    evaluate,
+    load_pipeline,
+    load_prompts,
+    rows_of_step,
+    seeded,
+    summarize,
+    train_step,
+)
+from rewards import load_reward, parse_prompt  # noqa: E402
+from shapes.train_base import render  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results"
+LEVELS = (0.6, 0.7, 0.8, 0.85, 0.9)   # scores whose price the table gives
+EVALUATIONS = 12   # a run, ever further apart, as curves rise fast at first
+
+# Method -> (one training step, the settings in which it differs from dgpo.py's defaults); README says what was tried.
+METHODS = {
+    "dgpo": (train_step, {}),
+    "flow_grpo": (flow_grpo.train_step, dict(clip_range=1e-3, kl_weight=0.0)),
+    "flow_grpo_fast": (flow_grpo.train_step, dict(clip_range=1e-3, kl_weight=0.0, sde_window=2)),
+    "diffusion_dpo": (functools.partial(train_step, accumulate=baselines.diffusion_dpo), {}),
+    "nft": (functools.partial(train_step, accumulate=baselines.nft), dict(beta=1.0, rollout_old_after=1)),
+    "awm": (functools.partial(train_step, accumulate=baselines.awm), {}),
+    "dgpo_sde_rollouts": (baselines.sde_rollouts_step, {}),
+    "dgpo_own_noise": (functools.partial(train_step, accumulate=baselines.own_noise), {}),
+    "dgpo_plain_signs": (functools.partial(train_step, accumulate=baselines.plain_signs), {}),
+}
+PEERS = ["dgpo", "flow_grpo", "flow_grpo_fast", "diffusion_dpo", "nft", "awm"]
+ABLATIONS = {
+    "rollouts": ["dgpo", "dgpo:solver=euler", "dgpo_sde_rollouts"],
+    "rollout_steps": ["dgpo:num_inference_steps=4", "dgpo:num_inference_steps=6", "dgpo", "dgpo:num_inference_steps=12"],
+    "t_min": ["dgpo:t_min=0", "dgpo:t_min=0.1", "dgpo", "dgpo:t_min=0.4", "dgpo:t_min=0.6"],
+    "noise": ["dgpo", "dgpo_own_noise"],
+    "weights": ["dgpo", "dgpo_plain_signs"],
+    # 96 images a step whatever the group size
+    "group_size": ["dgpo:group_size=2:groups_per_step=48", "dgpo:group_size=4:groups_per_step=24",
+                   "dgpo:group_size=8:groups_per_step=12", "dgpo", "dgpo:group_size=16:groups_per_step=6",
+                   "dgpo:group_size=24:groups_per_step=4", "dgpo:group_size=32:groups_per_step=3"],
+    "beta": ["dgpo:beta=1", "dgpo", "dgpo:beta=100", "dgpo:beta=1000"],
+    "clip": ["dgpo", "dgpo:clip_range=0"],
+    "kl": ["dgpo", "dgpo:kl_weight=0"],
+    "reference": ["dgpo", "dgpo:reference_decay=0.99"],
+    "timesteps": ["dgpo:timesteps_per_rollout=1:updates_per_rollout=1",
+                  "dgpo:timesteps_per_rollout=2:updates_per_rollout=2", "dgpo", "dgpo:updates_per_rollout=1",
+                  "dgpo:timesteps_per_rollout=8:updates_per_rollout=8"],
+}
+
+# ------------------------------------------------------------------------------------------------
+# Picture quality, which no reward here sees
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def features(vae, images):
+    """The VAE's latents of N PIL images, flat: [N, C*H*W]."""
+    pixels = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(*i.size, 3) for i in images])
+    return torch.cat([vae.encode(part.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode().flatten(1)
+                      for part in pixels.split(64)])
+
+
+def kernel_distance(x, y):
+    """Squared distance of two samples [N, D] in the kernel (x.y / D + 1)^3, unbiased (KID's, arXiv 1801.01401)."""
+    def mean_kernel(a, b, drop_diagonal):
+        kernel = (a @ b.T / a.shape[1] + 1) ** 3
+        if not drop_diagonal:
+            return kernel.mean()
+        return (kernel.sum() - kernel.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return (mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y, False)).item()
+
+
+def spread(x, images_a_prompt):
+    """How different the pictures of one prompt are: the mean squared distance of two of them, [N, D] -> number."""
+    return (2 * x.view(-1, images_a_prompt, x.shape[1]).var(1).mean()).item()
+
+
+class Quality:
+    """Generated against rendered pictures of the same prompts, in the VAE's latents."""
+
+    def __init__(self, vae, rows, images_a_prompt):
+        rng = random.Random(0)
+        drawn = [render(parse_prompt(row["prompt"]), rng) for row in rows for _ in range(images_a_prompt)]
+        from PIL import Image
+        self.vae, self.count = vae, images_a_prompt
+        self.rendered = features(vae, [Image.fromarray(picture) for picture in drawn])
+
+    def __call__(self, images):
+        """`distance`: 0 for pictures like the rendered ones; `diversity`: 1 for as much of it within a prompt."""
+        generated = features(self.vae, images)
+        return {"distance": kernel_distance(generated, self.rendered),
+                "diversity": spread(generated, self.count) / spread(self.rendered, self.count)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------------
+
+
+def parse_method(spec, seed, common):
+    """`name:setting=value:...` -> (training step, Settings).  Raises UserError for an unknown name."""
+    name, *changes = spec.split(":")
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    step, settings = METHODS[name]
+    kinds, values = {field.name: field.type for field in dataclasses.fields(flow_grpo.Settings)}, {}
+    for key, value in (change.split("=") for change in changes):
+        if key not in kinds:
+            raise UserError(f"{spec}: no setting is called {key!r}")
+        values[key] = kinds[key](value)
+    config = flow_grpo.Settings(**{"model": str(EMBEDDED_MODEL), "device": "cpu", "seed": seed, **common, **settings,
+                                   **values})
+    config.check()
+    return step, config
+
+
+class Run:
+    """One method with one seed, from the base model on."""
+
+    def __init__(self, spec, seed, rows, held_out, common):
+        self.spec, self.rows, self.held_out = spec, rows, held_out
+        self.train_step, self.config = parse_method(spec, seed, common)
+        self.model, self.reward = SD3(load_pipeline(self.config.model, self.config), self.config), load_reward("shapes")
+        self.model.cache_text(["", *(row["prompt"] for row in [*rows, *held_out])])
+        self.optimizer = torch.optim.AdamW(self.model.lora.weights("current"), lr=self.config.learning_rate,
+                                           weight_decay=self.config.weight_decay)
+        self.step, self.seconds, self.evaluations, self.counting, self.metrics = 0, 0.0, 0, False, []
+        self.model.transformer.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, kwargs):
+        """A sample's forward pass is one evaluation, its backward pass another (the frozen weights want none)."""
+        self.evaluations += self.counting * len(args[0]) * (1 + torch.is_grad_enabled())
+
+    def advance(self):
+        """Take one training step."""
+        self.counting, start = True, time.perf_counter()
+        torch.manual_seed(int(seeded(self.config.seed, "benchmark", self.step).initial_seed() % 2 ** 63))
+        self.metrics.append(self.train_step(self.model, self.optimizer, self.reward, rows_of_step(
+            self.rows, self.step, self.config), self.step, self.config))
+        self.seconds += time.perf_counter() - start
+        self.step, self.counting = self.step + 1, False
+
+    def evaluate(self, quality, policy="ema"):
+        """One line of the results."""
+        scores, images = evaluate(self.model, {"shapes": self.reward}, self.held_out, self.config, policy)
+        summary = summarize(scores["shapes"], self.held_out, strict=True)
+        # Of training: means since the line before, to see what a setting does.
+        training = {name: round(mean(metrics[name] for metrics in self.metrics), 5) for name in
+                    ("reward_mean", "clip_fraction", "kl", "gradient_norm") if self.metrics}
+        self.metrics = []
+        images_made = self.step * self.config.groups_per_step * self.config.group_size
+        return {"method": self.spec, "seed": self.config.seed, "step": self.step, "seconds": round(self.seconds, 2),
+                "images": images_made, "evaluations": self.evaluations, "strict": round(summary["score"], 4),
+                "error": round(summary["error"], 4), "graded": round(summary["reward"], 4),
+                **{name: round(value, 5) for name, value in quality(images).items()},
+                "training": training, "categories": {name: round(value, 4) for name, value in summary["categories"].items()}}
+
+
+def measure(specs, name, seed, budget, rows, held_out, common):
+    """Give every method `budget` seconds of training, in turn, and write an evaluation a line."""
+    runs = [Run(spec, seed, rows, held_out, common) for spec in specs]
+    quality = Quality(runs[0].model.vae, held_out, runs[0].config.eval_images)
+    path = RESULTS / f"{name}-{seed}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["method"] not in specs] \
+        if path.exists() else []
+    path.write_text("".join(line + "\n" for line in kept))
+    base = runs[0].evaluate(quality, "base")   # the same for all of them
+    marks = {run: [budget * (k / EVALUATIONS) ** 2 for k in range(1, EVALUATIONS + 1)] for run in runs}
+    with open(path, "a") as file:
+        for run in runs:
+            file.write(json.dumps({**base, "method": run.spec}) + "\n")
+        while any(marks.values()):
+            run = min((run for run in runs if marks[run]), key=lambda run: run.seconds)
+            run.advance()
+            if run.seconds >= marks[run][0]:
+                line = run.evaluate(quality)
+                marks[run] = [mark for mark in marks[run] if mark > run.seconds]
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                print(f"{line['method']:50s} seed {seed}  {line['seconds']:6.0f} s  step {line['step']:4d}  "
+                      f"strict {line['strict']:.3f}  distance {line['distance']:.4f}  "
+                      f"diversity {line['diversity']:.2f}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tables and figure
+# ------------------------------------------------------------------------------------------------
+
+
+def load_results(name):
+    """dict method -> list, one item a seed, of its lines in order."""
+    curves = {}
+    for path in sorted(RESULTS.glob(f"{name}-[0-9]*.jsonl")):
+        for line in map(json.loads, path.read_text().splitlines()):
+            curves.setdefault(line["method"], {}).setdefault(line["seed"], []).append(line)
+    return {method: list(seeds.values()) for method, seeds in curves.items()}
+
+
+def price(curve, level, unit):
+    """How much of `unit` a run takes to reach a score, between evaluations by straight lines; infinite if it never does.
+    """
+    for before, after in zip(curve, curve[1:]):
+        if after["strict"] >= level:
+            share = (level - before["strict"]) / (after["strict"] - before["strict"]) if before["strict"] < level else 0
+            return before[unit] + share * (after[unit] - before[unit])
+    return math.inf
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def markdown(header, rows):
+    """A Markdown table as text."""
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *rows))
+
+
+def speed_table(curves):
+    """Seconds, images and evaluations each method takes to reach the levels, mean over seeds, and DGPO's advantage."""
+    rows = []
+    for unit, scale, digits in (("seconds", 1, 0), ("images", 1000, 1), ("evaluations", 1000, 0)):
+        prices = {method: [mean(price(curve, level, unit) for curve in seeds) for level in LEVELS]
+                  for method, seeds in curves.items()}
+        for method, row in prices.items():
+            cells = [f"{p / scale:.{digits}f} ({p / best:.1f}x)" if p < math.inf else "-"
+                     for p, best in zip(row, prices.get("dgpo", row))]
+            rows.append([unit if scale == 1 else f"{unit}, thousands", method, *cells])
+    return markdown(["to reach", "method", *LEVELS], rows)
+
+
+def best_of(curves, peer):
+    """How much sooner DGPO reaches the best score that `peer` has anywhere, seed by seed: a sentence."""
+    parts = []
+    for unit in ("seconds", "images", "evaluations"):
+        ratios = []
+        for theirs, ours in zip(curves[peer], curves["dgpo"]):
+            top = max(line["strict"] for line in theirs)
+            ratios.append(price(theirs, top, unit) / (price(ours, top, unit) or math.nan))
+        parts.append(f"{mean(ratios):.1f} times fewer {unit}")
+    best = mean(max(line["strict"] for line in seeds) for seeds in curves[peer])
+    return f"{peer}'s best score, {best:.3f}, takes DGPO {', '.join(parts)}."
+
+
+def quality_table(curves):
+    """Where each run ended: mean over seeds."""
+    rows = []
+    for method, seeds in curves.items():
+        last = [curve[-1] for curve in seeds]
+        top = mean(max(line["strict"] for line in curve) for curve in seeds)
+        scores = [line["strict"] for line in last]
+        around = f" ({min(scores):.3f} to {max(scores):.3f})" if len(scores) > 1 else ""
+        rows.append([f"`{method}`", len(seeds), f"{mean(line['step'] for line in last):.0f}",
+                     f"{mean(scores):.3f}{around}", f"{top:.3f}", f"{mean(line['distance'] for line in last):.3f}",
+                     f"{mean(line['diversity'] for line in last):.2f}"])
+    first = next(iter(curves.values()))[0][0]
+    rows.append(["base model", "", 0, f"{first['strict']:.3f}", "", f"{first['distance']:.3f}",
+                 f"{first['diversity']:.2f}"])
+    return markdown(["method", "seeds", "steps", "strict accuracy at the end", "best on the way",
+                     "distance from rendered pictures", "diversity within a prompt"], rows)
+
+
+def draw(curves, path):
+    """Score against seconds, images and evaluations: mean over seeds and, as a band, their range."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), sharey=True)
+    for axis, unit, label in zip(axes, ("seconds", "images", "evaluations"),
+                                 ("minutes of training", "images sampled, thousands",
+                                  "transformer evaluations, thousands")):
+        for method, seeds in curves.items():
+            n = min(len(curve) for curve in seeds)
+            x = [mean(curve[i][unit] for curve in seeds) / (60 if unit == "seconds" else 1000) for i in range(n)]
+            scores = [[curve[i]["strict"] for curve in seeds] for i in range(n)]
+            line, = axis.plot(x, [mean(s) for s in scores], marker=".", label=method,
+                              linewidth=2.5 if method == "dgpo" else 1.2)
+            axis.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=line.get_color(), alpha=0.15)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("strict accuracy on held-out prompts")
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main(arguments=None):
+    """Measure what was asked for, then draw and print all there is of it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--budget", type=float, default=10.0, help="minutes of training a run; 0: only report")
+    parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--ablation", choices=[*ABLATIONS, "all"])
+    parser.add_argument("--methods", default=",".join(PEERS), help="name:setting=value:...,name,...")
+    parser.add_argument("--name", default="claims", help="of the result files, without --ablation")
+    parser.add_argument("--train-prompts", type=int, help="only the first N training prompts")
+    parser.add_argument("--eval-prompts", type=int, help="only the first N held-out prompts")
+    parser.add_argument("--eval-images", type=int, default=4)
+    args = parser.parse_args(arguments)
+    rows = load_prompts(ROOT / "shapes/prompts.txt")[:args.train_prompts]
+    held_out = load_prompts(ROOT / "shapes/heldout.txt")[:args.eval_prompts]
+    if args.ablation:
+        name = "ablations"
+        names = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
+        specs = list(dict.fromkeys(spec for each in names for spec in ABLATIONS[each]))
+    else:
+        name, names, specs = args.name, [], args.methods.split(",")
+    try:
+        for seed in range(args.first_seed, args.first_seed + args.seeds if args.budget else 0):
+            measure(specs, name, seed, 60 * args.budget, rows, held_out, dict(eval_images=args.eval_images))
+    except UserError as error:
+        sys.exit(f"claims.py: error: {error}")
+    curves = load_results(name)
+    for each in names:
+        print(f"\n{each}\n\n" + quality_table({spec: curves[spec] for spec in ABLATIONS[each] if spec in curves}))
+    if not names:
+        print("\n" + speed_table(curves) + "\n\n" + quality_table(curves))
+        for peer in [method for method in curves if "dgpo" in curves and method != "dgpo"]:
+            print(best_of(curves, peer))
+        draw(curves, RESULTS / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
