@@ -8,8 +8,8 @@ r"""The paper's claims on the embedded model: DGPO against its neighbours, and w
 
 All runs of a seed stand side by side in one process and take their steps in turn, always the one that has used the
 least time, so that whatever else the machine does falls on all of them alike.  They share model, prompts, reward, LoRA
-and evaluation, all of them dgpo.py's.  A run's clock stands still during evaluations.  Results: results/NAME-SEED.jsonl
-beside this file, a line an evaluation; a run made again replaces its lines.
+and evaluation, all of them dgpo.py's.  A run's clock stands still during evaluations, which lie ever further apart, as
+curves rise fast at first.  Results: NAME-SEED.jsonl, a line an evaluation; a run made again replaces its lines.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,16 +36,13 @@ from dgpo import (  # noqa: E402
     load_pipeline,
     load_prompts,
     rows_of_step,
-    seeded,
     summarize,
     train_step,
 )
 from rewards import load_reward, parse_prompt  # noqa: E402
 from shapes.train_base import render  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent / "results"
 LEVELS = (0.6, 0.7, 0.8, 0.85, 0.9)   # scores whose price the table gives
-EVALUATIONS = 12   # a run, ever further apart, as curves rise fast at first
 
 # Method -> (one training step, the settings in which it differs from dgpo.py's defaults); README says what was tried.
 METHODS = {
@@ -61,7 +59,8 @@ METHODS = {
 PEERS = ["dgpo", "flow_grpo", "flow_grpo_fast", "diffusion_dpo", "nft", "awm"]
 ABLATIONS = {
     "rollouts": ["dgpo", "dgpo:solver=euler", "dgpo_sde_rollouts"],
-    "rollout_steps": ["dgpo:num_inference_steps=4", "dgpo:num_inference_steps=6", "dgpo", "dgpo:num_inference_steps=12"],
+    "rollout_steps": ["dgpo:num_inference_steps=4", "dgpo:num_inference_steps=6", "dgpo",
+                      "dgpo:num_inference_steps=12"],
     "t_min": ["dgpo:t_min=0", "dgpo:t_min=0.1", "dgpo", "dgpo:t_min=0.4", "dgpo:t_min=0.6"],
     "noise": ["dgpo", "dgpo_own_noise"],
     "weights": ["dgpo", "dgpo_plain_signs"],
@@ -104,7 +103,7 @@ def kernel_distance(x, y):
 
 def spread(x, images_a_prompt):
     """How different the pictures of one prompt are: the mean squared distance of two of them, [N, D] -> number."""
-    return (2 * x.view(-1, images_a_prompt, x.shape[1]).var(1).mean()).item()
+    return (2 * x.view(-1, images_a_prompt, x.shape[1]).var(1).sum(1).mean()).item()
 
 
 class Quality:
@@ -113,7 +112,6 @@ class Quality:
     def __init__(self, vae, rows, images_a_prompt):
         rng = random.Random(0)
         drawn = [render(parse_prompt(row["prompt"]), rng) for row in rows for _ in range(images_a_prompt)]
-        from PIL import Image
         self.vae, self.count = vae, images_a_prompt
         self.rendered = features(vae, [Image.fromarray(picture) for picture in drawn])
 
@@ -166,7 +164,7 @@ class Run:
     def advance(self):
         """Take one training step."""
         self.counting, start = True, time.perf_counter()
-        torch.manual_seed(int(seeded(self.config.seed, "benchmark", self.step).initial_seed() % 2 ** 63))
+        torch.manual_seed(self.config.seed * 10 ** 6 + self.step)   # for rules that draw noise of their own
         self.metrics.append(self.train_step(self.model, self.optimizer, self.reward, rows_of_step(
             self.rows, self.step, self.config), self.step, self.config))
         self.seconds += time.perf_counter() - start
@@ -185,20 +183,20 @@ class Run:
                 "images": images_made, "evaluations": self.evaluations, "strict": round(summary["score"], 4),
                 "error": round(summary["error"], 4), "graded": round(summary["reward"], 4),
                 **{name: round(value, 5) for name, value in quality(images).items()},
-                "training": training, "categories": {name: round(value, 4) for name, value in summary["categories"].items()}}
+                "training": training,
+                "categories": {name: round(value, 4) for name, value in summary["categories"].items()}}
 
 
-def measure(specs, name, seed, budget, rows, held_out, common):
+def measure(specs, path, seed, budget, evaluations, rows, held_out, common):
     """Give every method `budget` seconds of training, in turn, and write an evaluation a line."""
     runs = [Run(spec, seed, rows, held_out, common) for spec in specs]
     quality = Quality(runs[0].model.vae, held_out, runs[0].config.eval_images)
-    path = RESULTS / f"{name}-{seed}.jsonl"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["method"] not in specs] \
         if path.exists() else []
     path.write_text("".join(line + "\n" for line in kept))
     base = runs[0].evaluate(quality, "base")   # the same for all of them
-    marks = {run: [budget * (k / EVALUATIONS) ** 2 for k in range(1, EVALUATIONS + 1)] for run in runs}
+    marks = {run: [budget * (k / evaluations) ** 2 for k in range(1, evaluations + 1)] for run in runs}
     with open(path, "a") as file:
         for run in runs:
             file.write(json.dumps({**base, "method": run.spec}) + "\n")
@@ -220,18 +218,17 @@ def measure(specs, name, seed, budget, rows, held_out, common):
 # ------------------------------------------------------------------------------------------------
 
 
-def load_results(name):
+def load_results(folder, name):
     """dict method -> list, one item a seed, of its lines in order."""
     curves = {}
-    for path in sorted(RESULTS.glob(f"{name}-[0-9]*.jsonl")):
+    for path in sorted(folder.glob(f"{name}-[0-9]*.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
             curves.setdefault(line["method"], {}).setdefault(line["seed"], []).append(line)
     return {method: list(seeds.values()) for method, seeds in curves.items()}
 
 
 def price(curve, level, unit):
-    """How much of `unit` a run takes to reach a score, between evaluations by straight lines; infinite if it never does.
-    """
+    """How much of `unit` a run takes to reach a score, between evaluations by straight lines; infinite if never."""
     for before, after in zip(curve, curve[1:]):
         if after["strict"] >= level:
             share = (level - before["strict"]) / (after["strict"] - before["strict"]) if before["strict"] < level else 0
@@ -328,11 +325,12 @@ def main(arguments=None):
     parser.add_argument("--ablation", choices=[*ABLATIONS, "all"])
     parser.add_argument("--methods", default=",".join(PEERS), help="name:setting=value:...,name,...")
     parser.add_argument("--name", default="claims", help="of the result files, without --ablation")
-    parser.add_argument("--train-prompts", type=int, help="only the first N training prompts")
+    parser.add_argument("--output-dir", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--evaluations", type=int, default=12, help="how many a run")
     parser.add_argument("--eval-prompts", type=int, help="only the first N held-out prompts")
     parser.add_argument("--eval-images", type=int, default=4)
     args = parser.parse_args(arguments)
-    rows = load_prompts(ROOT / "shapes/prompts.txt")[:args.train_prompts]
+    rows = load_prompts(ROOT / "shapes/prompts.txt")
     held_out = load_prompts(ROOT / "shapes/heldout.txt")[:args.eval_prompts]
     if args.ablation:
         name = "ablations"
@@ -342,17 +340,18 @@ def main(arguments=None):
         name, names, specs = args.name, [], args.methods.split(",")
     try:
         for seed in range(args.first_seed, args.first_seed + args.seeds if args.budget else 0):
-            measure(specs, name, seed, 60 * args.budget, rows, held_out, dict(eval_images=args.eval_images))
+            measure(specs, args.output_dir / f"{name}-{seed}.jsonl", seed, 60 * args.budget, args.evaluations, rows,
+                    held_out, dict(eval_images=args.eval_images))
     except UserError as error:
         sys.exit(f"claims.py: error: {error}")
-    curves = load_results(name)
+    curves = load_results(args.output_dir, name)
     for each in names:
         print(f"\n{each}\n\n" + quality_table({spec: curves[spec] for spec in ABLATIONS[each] if spec in curves}))
     if not names:
         print("\n" + speed_table(curves) + "\n\n" + quality_table(curves))
         for peer in [method for method in curves if "dgpo" in curves and method != "dgpo"]:
             print(best_of(curves, peer))
-        draw(curves, RESULTS / f"{name}.png")
+        draw(curves, args.output_dir / f"{name}.png")
 
 
 if __name__ == "__main__":
