@@ -47,10 +47,10 @@ LEVELS = (0.6, 0.7, 0.8, 0.85, 0.9)   # scores whose price the table gives
 # Method -> (one training step, the settings in which it differs from dgpo.py's defaults); README says what was tried.
 METHODS = {
     "dgpo": (train_step, {}),
-    "flow_grpo": (flow_grpo.train_step, dict(clip_range=1e-3, kl_weight=0.0)),
-    "flow_grpo_fast": (flow_grpo.train_step, dict(clip_range=1e-3, kl_weight=0.0, sde_window=2)),
+    "flow_grpo": (flow_grpo.train_step, dict(kl_weight=0.0)),
+    "flow_grpo_fast": (flow_grpo.train_step, dict(kl_weight=0.0, sde_window=2, learning_rate=1e-3)),
     "diffusion_dpo": (functools.partial(train_step, accumulate=baselines.diffusion_dpo), {}),
-    "nft": (functools.partial(train_step, accumulate=baselines.nft), dict(beta=1.0, rollout_old_after=1)),
+    "nft": (functools.partial(train_step, accumulate=baselines.nft), dict(beta=1.0, rollout_old_after=1, learning_rate=1e-3)),
     "awm": (functools.partial(train_step, accumulate=baselines.awm), {}),
     "dgpo_sde_rollouts": (baselines.sde_rollouts_step, {}),
     "dgpo_own_noise": (functools.partial(train_step, accumulate=baselines.own_noise), {}),
