@@ -8,8 +8,9 @@ r"""The paper's claims on the embedded model: DGPO against its neighbours, and w
 
 All runs of a seed stand side by side in one process and take their steps in turn, always the one that has used the
 least time, so that whatever else the machine does falls on all of them alike.  They share model, prompts, reward, LoRA
-and evaluation, all of them dgpo.py's.  A run's clock stands still during evaluations, which lie ever further apart, as
-curves rise fast at first.  Results: NAME-SEED.jsonl, a line an evaluation; a run made again replaces its lines.
+and evaluation, all of them dgpo.py's.  Time is that of one CPU core: torch gets one thread, and the clock is the
+process's own, which other programs cannot slow down.  It stands still during evaluations, which lie ever further apart,
+as curves rise fast at first.  Results: NAME-SEED.jsonl, a line an evaluation; a run made again replaces its lines.
 """
 
 import argparse
@@ -163,11 +164,11 @@ class Run:
 
     def advance(self):
         """Take one training step."""
-        self.counting, start = True, time.perf_counter()
+        self.counting, start = True, time.process_time()
         torch.manual_seed(self.config.seed * 10 ** 6 + self.step)   # for rules that draw noise of their own
         self.metrics.append(self.train_step(self.model, self.optimizer, self.reward, rows_of_step(
             self.rows, self.step, self.config), self.step, self.config))
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         self.step, self.counting = self.step + 1, False
 
     def evaluate(self, quality, policy="ema"):
@@ -319,7 +320,7 @@ def main(arguments=None):
     """Measure what was asked for, then draw and print all there is of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--budget", type=float, default=10.0, help="minutes of training a run; 0: only report")
+    parser.add_argument("--budget", type=float, default=10.0, help="minutes of training a run, on one core; 0: only report")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--ablation", choices=[*ABLATIONS, "all"])
@@ -355,4 +356,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
