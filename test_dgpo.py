@@ -1,6 +1,6 @@
 """What the method promises, one property a test, in the order of dgpo.py.
 
-    python -m pytest -q test_dgpo.py   # about three minutes on two CPU cores; needs pytest, peft and hypothesis besides
+    python -m pytest -q test_dgpo.py   # about four minutes on two CPU cores; README says what it needs besides
 """
 
 import contextlib
@@ -1959,6 +1959,11 @@ def test_every_command_of_the_readme_runs(sd35, judges, tmp_path, monkeypatch):
     commands = [shlex.split(command, comments=True) for command in re.findall(r"python \S+\.py.*", text)]
     assert len(commands) > 5
     for i, (_, script, *arguments) in enumerate(commands):
+        if script == "benchmarks/claims.py":
+            short = "--budget 0.001 --seeds 1 --methods dgpo --evaluations 1 --eval-prompts 2 --output-dir".split()
+            claims.main([*arguments, *short, str(tmp_path / f"results{i}"),
+                         *(["--ablation", "noise"] if "all" in arguments else [])])
+            continue
         assert script == "dgpo.py"
         hub = "stabilityai/stable-diffusion-3.5-medium"
         small = ["--model", sd35, "--dtype", "float32", "--resolution", 32] if hub in arguments else []
