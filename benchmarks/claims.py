@@ -51,7 +51,8 @@ METHODS = {
     "flow_grpo": (flow_grpo.train_step, dict(kl_weight=0.0)),
     "flow_grpo_fast": (flow_grpo.train_step, dict(kl_weight=0.0, sde_window=2, learning_rate=1e-3)),
     "diffusion_dpo": (functools.partial(train_step, accumulate=baselines.diffusion_dpo), {}),
-    "nft": (functools.partial(train_step, accumulate=baselines.nft), dict(beta=1.0, rollout_old_after=1, learning_rate=1e-3)),
+    "nft": (functools.partial(train_step, accumulate=baselines.nft),
+            dict(beta=1.0, rollout_old_after=1, learning_rate=1e-3)),
     "awm": (functools.partial(train_step, accumulate=baselines.awm), {}),
     "dgpo_sde_rollouts": (baselines.sde_rollouts_step, {}),
     "dgpo_own_noise": (functools.partial(train_step, accumulate=baselines.own_noise), {}),
@@ -320,7 +321,7 @@ def main(arguments=None):
     """Measure what was asked for, then draw and print all there is of it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--budget", type=float, default=10.0, help="minutes of training a run, on one core; 0: only report")
+    parser.add_argument("--budget", type=float, default=10.0, help="minutes of training a run; 0: only report")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--ablation", choices=[*ABLATIONS, "all"])
