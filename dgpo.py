@@ -1,6 +1,7 @@
 """DGPO: Direct Group Preference Optimization, reinforcement learning for flow-matching text-to-image models.
 
     python dgpo.py --prompt-file shapes/prompts.txt           # the embedded model, two CPU cores, about ten minutes
+    torchrun --nproc-per-node 8 dgpo.py --prompt-file …       # eight GPUs, the same run
     python dgpo.py --help                                     # every setting
 
 Reference: "Reinforcing Diffusion Models by Direct Group Preference Optimization", Luo, Hu, Tang, ICLR 2026,
@@ -24,7 +25,11 @@ Departures from the paper and from its authors' published settings:
 """
 
 import argparse
+import contextlib
 import dataclasses
+import datetime
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -36,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
@@ -51,6 +57,7 @@ from rewards import RewardError, load_reward, prompt_category
 
 
 MAX_SKIPPED = 10   # steps in a row whose gradient may be infinite before a run gives up
+PICTURED = 12      # held-out prompts whose images are shown
 EMBEDDED_MODEL = Path(__file__).resolve().parent / "shapes/model"
 
 
@@ -143,6 +150,7 @@ class Config:
     eval_num_inference_steps: int = setting(10, "solver steps of evaluation (paper: 40)")
     save_every: int = setting(50, "steps between checkpoints")
     keep_checkpoints: int = setting(2, "how many of the newest checkpoints stay")
+    log_with: str = setting("", "log the numbers of metrics.jsonl there as well", choices=("", "tensorboard", "wandb"))
 
     def check(self):
         """Refuse values that make no sense, each by name.  Raises UserError."""
@@ -516,7 +524,7 @@ def seeded(*numbers):
 
 @torch.no_grad()
 def rollout(model, prompts, noise, num_steps, policy, config, bar=None):
-    """Images for B prompts from noise [B, C, H, W]: (latents x0 [B, C, H, W], list of B PIL images)."""
+    """Images for B prompts, perhaps none, from noise [B, C, H, W]: (latents x0 [B, C, H, W], list of B PIL images)."""
     sigmas = ode_sigmas(num_steps, config.shift)   # left on the CPU, so that the solver never waits for a GPU
     latents, images = [], []
     for i in range(0, len(prompts), config.rollout_batch_size):
@@ -533,7 +541,7 @@ def rollout(model, prompts, noise, num_steps, policy, config, bar=None):
             raise UserError(f"the {policy} model draws images that are not finite: a lower --learning-rate or another "
                             "--dtype may help; --resume goes on from the last checkpoint")
         images += model.decode(latents[-1])
-    return torch.cat(latents), images
+    return torch.cat(latents or [noise]), images
 
 
 # ------------------------------------------------------------------------------------------------
@@ -623,29 +631,37 @@ def optimizer_step(model, optimizer, done, config):
 def update(model, optimizer, x0, prompts, advantages, config, step, bar=None, accumulate=accumulate_gradients):
     """All optimizer steps on one rollout: x0 [P, G, C, H, W], P prompts, advantages [P, G].  Returns metrics.
 
+    Of many processes each has only its own groups' x0 (see `own`), and the prompts and advantages of all.
     `accumulate` is the update rule: benchmarks/baselines.py puts those of other methods in its place.
     """
-    P, M, steps = len(prompts), config.timesteps_per_rollout, config.updates_per_rollout
+    P, M, steps, mine = len(prompts), config.timesteps_per_rollout, config.updates_per_rollout, own(len(prompts))
     generator = seeded(config.seed, "update", step)
-    sigma = draw_timesteps(P, M, config.t_min, config.shift, generator).to(model.device)           # [P, M]
-    noise = torch.randn(P, M, 1, *x0.shape[2:], generator=generator).to(model.device)              # [P, M, 1, C, H, W]
+    # Drawn for all P groups, so that a group's draws do not depend on who owns it.
+    sigma = draw_timesteps(P, M, config.t_min, config.shift, generator)[mine].to(model.device)     # [P, M]
+    noise = torch.randn(P, M, 1, *x0.shape[2:], generator=generator)[mine].to(model.device)        # [P, M, 1, C, H, W]
+    with_signal = int((advantages != 0).any(1).sum())
+    prompts, advantages = prompts[mine], advantages[mine]
     useful = advantages.abs().sum(1).nonzero()[:, 0].cpu()
     totals = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm", "skipped_updates"), 0.0)
-    for k in range(steps if len(useful) else 0):
+    for k in range(steps if with_signal else 0):
         columns = range(k * M // steps, (k + 1) * M // steps)
         group, column = (t.flatten() for t in torch.meshgrid(useful, torch.tensor(columns), indexing="ij"))
-        sums = accumulate(model, x0[group], [prompts[g] for g in group], advantages[group],
-                          sigma[group, column], noise[group, column], config, P * len(columns))
+        sums = {}
+        if len(group):
+            sums = accumulate(model, x0[group], [prompts[g] for g in group], advantages[group],
+                              sigma[group, column], noise[group, column], config, P * len(columns))
+        sum_gradients(model.lora.weights("current"))
         norm = optimizer_step(model, optimizer, step * steps + k, config)
         if not math.isfinite(norm):
             totals["skipped_updates"] += 1
             continue
         for name, value in sums.items():
-            totals[name] += value / (len(group) * steps)
+            totals[name] += value / (with_signal * len(columns) * steps)
         totals["gradient_norm"] += norm / steps
         if bar is not None:
             bar.update()
-    return totals
+    sums = gather(totals)
+    return {**totals, **{name: sum(each[name] for each in sums) for name in ("loss", "kl", "clip_fraction")}}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -657,15 +673,22 @@ def evaluate(model, rewards, rows, config, policy):
     """Score the policy on N prompts, K images each: (dict name -> [N, K], one of each reward; list of N*K images).
 
     rewards: dict name -> reward; rows: N dicts with "prompt", handed to the rewards as metadata.  The noises depend on
-    nothing but the shape, so every evaluation of every run sees the same ones.
+    nothing but the shape, so every evaluation of every run sees the same ones.  Many processes share the prompts, and
+    exchange all scores, but only the images of the PICTURED prompts.
     """
-    repeated = [row for row in rows for _ in range(config.eval_images)]
+    N, K, mine = len(rows), config.eval_images, own(len(rows))
+    repeated = [row for row in rows[mine] for _ in range(K)]
     prompts = [row["prompt"] for row in repeated]
-    noise = torch.randn(len(repeated), *model.latent_shape, generator=seeded("evaluation"))
+    noise = torch.randn(N * K, *model.latent_shape, generator=seeded("evaluation"))[mine.start * K:mine.stop * K]
     total = -(-len(repeated) // config.rollout_batch_size) * config.eval_num_inference_steps
-    with tqdm(total=total, desc="evaluation", leave=False) as bar:
+    with together(), tqdm(total=total, desc="evaluation", leave=False) as bar:
         _, images = rollout(model, prompts, noise, config.eval_num_inference_steps, policy, config, bar)
-    return {name: reward(images, prompts, repeated).view(len(rows), -1) for name, reward in rewards.items()}, images
+        scores = {name: reward(images, prompts, repeated).view(-1, K) for name, reward in rewards.items()}
+    if processes()[1] > 1:
+        images = images[:max(0, PICTURED - mine.start) * K]
+    shares = gather((scores, images))
+    return ({name: torch.cat([scores[name] for scores, _ in shares]) for name in rewards},
+            [image for _, images in shares for image in images])
 
 
 def summarize(scores, rows, strict):
@@ -737,6 +760,112 @@ def curve_image(points, label, size=(640, 360), margin=48):
     for x, y in path:
         draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill="#1f5fbf")
     return image
+
+
+# ------------------------------------------------------------------------------------------------
+# MANY PROCESSES: torchrun starts them, each owns some of a step's groups; for one alone, nothing here does anything
+# ------------------------------------------------------------------------------------------------
+
+
+def processes():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def own(count):
+    """Which of `count` things in a row are this process's: a slice, empty if there are fewer things than processes."""
+    rank, world = processes()
+    return slice(count * rank // world, count * (rank + 1) // world)
+
+
+@contextlib.contextmanager
+def joined():
+    """Join the processes that torchrun started; all but the first are silent then, and none leaves before the others.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    try:   # half an hour for one that hangs; torchrun notices one that dies
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                timeout=datetime.timedelta(minutes=30))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the processes cannot be joined: {error}; start them with torchrun") from error
+    try:
+        with contextlib.ExitStack() as stack:
+            if processes()[0]:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+            # As soon as one ends with an error torchrun ends the rest: only when the first has written everything, and
+            # not those that end with the same error.
+            gather("done")
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    finally:
+        dist.destroy_process_group()
+
+
+def gather(value):
+    """A picklable value of each process -> the list of all of them, on every process.  ConnectionError if one died."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        with lost():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def sum_gradients(weights):
+    """Add up the processes' gradients, sent as one flat tensor.  One that has none, for want of groups, adds zeros."""
+    if processes()[1] > 1:
+        flat = torch.cat([(torch.zeros_like(t) if t.grad is None else t.grad).flatten() for t in weights])
+        with lost():
+            dist.all_reduce(flat)
+        for t, gradient in zip(weights, flat.split([t.numel() for t in weights])):
+            t.grad = gradient.view_as(t)
+
+
+@contextlib.contextmanager
+def lost():
+    """torch says at length which socket was closed."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError("another process of this job has ended; --resume goes on from the last checkpoint"
+                              ) from error
+
+
+@contextlib.contextmanager
+def together():
+    """What goes wrong in here on one process goes wrong on all, instead of leaving them to wait for it."""
+    error = None
+    try:
+        yield
+    except (UserError, RewardError) as caught:
+        error = caught
+    for other in gather(error):
+        if other is not None:
+            raise error or other
+
+
+def first_alone(function):
+    """The same function, which does nothing on any process but the first: what writes files or shows something."""
+    @functools.wraps(function)
+    def on_the_first(*arguments):
+        return None if processes()[0] else function(*arguments)
+    return on_the_first
+
+
+def settle(config):
+    """Fill in the device, under torchrun each process's own GPU, and the output folder.  Raises UserError."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = config.output_dir or time.strftime("runs/%Y-%m-%d-%H%M%S")
+    started = gather({**dataclasses.asdict(config), "device": device})
+    for name in started[0]:
+        if len(values := {each[name] for each in started}) > 1:
+            raise UserError(f"{flag(name)} is not the same on all processes: {', '.join(sorted(map(str, values)))}")
+    if device == "cuda" and len(started) > 1:
+        device += ":" + os.environ.get("LOCAL_RANK", "0")
+    return dataclasses.replace(config, device=device, output_dir=gather(folder)[0])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -837,9 +966,11 @@ def load_newest_checkpoint(folder, model, optimizer):
 
 # What may differ between a run and its continuation; any other setting would make it another run.
 FREE_ON_RESUME = {"resume", "output_dir", "steps", "save_every", "keep_checkpoints", "device", "rollout_batch_size",
-                  "text_cache_size", "gradient_checkpointing", "compile"}
+                  "text_cache_size", "gradient_checkpointing", "compile", "log_with"}
 
 
+@together()
+@first_alone
 def open_run(config, held_out):
     """Make the output folder and write config.json, or check that the folder's run is the one to resume."""
     folder = Path(config.output_dir)
@@ -861,16 +992,33 @@ def open_run(config, held_out):
     named = {} if config.eval_prompt_file else {"held_out": [row["prompt"] for row in held_out]}
     text = json.dumps({**dataclasses.asdict(config), **named}, indent=2) + "\n"
     write_atomically(folder / "config.json", lambda temporary: temporary.write_text(text))
-    return folder
+
+
+def open_logger(config):
+    """What --log-with asks for, as a function (numbers: dict, step).  Raises UserError."""
+    try:
+        if config.log_with == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(config.output_dir)
+            return lambda numbers, step: [*(writer.add_scalar(*pair, step) for pair in numbers.items()), writer.flush()]
+        if config.log_with == "wandb":
+            import wandb
+            return wandb.init(project="dgpo", dir=config.output_dir, config=dataclasses.asdict(config)).log
+    except Exception as error:   # no key, no network, another version: wandb has an exception for each
+        raise UserError(f"--log-with {config.log_with}: {error}") from error
+    return lambda numbers, step: None
 
 
 class RunFolder:
-    """What a run writes: metrics.jsonl, samples/, reward.png, before_after.png, checkpoints/, lora/."""
+    """What a run writes, on its first process: metrics.jsonl, samples/, reward.png, checkpoints/, lora/."""
 
-    def __init__(self, folder, progress):
+    def __init__(self, folder, progress, config):
         """Continue from `progress` (load_checkpoint's dict): later lines of metrics.jsonl are cut off."""
         self.folder, self.curve, self.past_seconds = folder, progress["curve"], progress["seconds"]
         self.started = time.monotonic()
+        if processes()[0]:
+            return
+        self.log_numbers = open_logger(config)
         self.metrics = open(folder / "metrics.jsonl", "ab")
         self.metrics.truncate(min(progress["metrics_bytes"], self.metrics.tell()))
         self.metrics.seek(0, os.SEEK_END)
@@ -879,11 +1027,18 @@ class RunFolder:
         """Seconds this run has taken, those before a resume included."""
         return self.past_seconds + time.monotonic() - self.started
 
+    @first_alone
     def log(self, values):
         """Append one line to metrics.jsonl."""
-        self.metrics.write((json.dumps({**values, "seconds": round(self.seconds(), 3)}) + "\n").encode())
+        values = {**values, "seconds": round(self.seconds(), 3)}
+        self.metrics.write((json.dumps(values) + "\n").encode())
         self.metrics.flush()
+        inner = {f"{name}/{key}": v for name, value in values.items() if isinstance(value, dict)
+                 for key, v in value.items()}
+        self.log_numbers({name: value for name, value in {**values, **inner}.items()
+                          if isinstance(value, (int, float)) and name not in ("step", "evaluation")}, values["step"])
 
+    @first_alone
     def record_evaluation(self, step, scores, images, rows, rewards):
         """Write an evaluation's metrics line, its picture grid and the curve so far; `scores` as from `evaluate`."""
         (target, *_), strict = rewards, next(iter(rewards.values())).strict
@@ -892,12 +1047,13 @@ class RunFolder:
                   for name, judge in rewards.items() if name != target}
         self.log({"step": step, "evaluation": True, **{f"eval_{key}": value for key, value in summary.items()},
                   **({"eval_judges": judges} if judges else {})})
-        n, k = min(12, len(rows)), scores[target].shape[1]
+        n, k = min(PICTURED, len(rows)), scores[target].shape[1]
         captions = [row["prompt"] for row in rows[:n]]
         image_grid(images[:n * k], captions, scores[target][:n]).save(self.folder / "samples" / f"{step:06d}.png")
         self.curve.append([step, summary["score"]])
         curve_image(self.curve, "held-out score").save(self.folder / "reward.png")
 
+    @first_alone
     def save(self, model, optimizer, step, keep):
         """Write a checkpoint and the exported LoRA; then only the newest `keep` checkpoints stay."""
         os.fsync(self.metrics.fileno())   # a checkpoint counts on the lines before it
@@ -944,31 +1100,35 @@ def rows_of_step(rows, step, config):
 def cache_text_ahead(model, rows, held_out, step, config):
     """If this step's prompts are not encoded yet, encode those of the steps to come that fit in --text-cache-size."""
     last = min(config.steps, step + max(1, config.text_cache_size // config.groups_per_step))
-    if any(row["prompt"] not in model.text_cache for row in rows_of_step(rows, step, config)):
-        ahead = [row for later in range(step, last) for row in rows_of_step(rows, later, config)]
+    mine = own(config.groups_per_step)
+    if any(row["prompt"] not in model.text_cache for row in rows_of_step(rows, step, config)[mine]):
+        ahead = [row for later in range(step, last) for row in rows_of_step(rows, later, config)[mine]]
         guided = max(config.guidance_scale, config.reference_guidance_scale) > 1
-        model.cache_text([""] * guided + [row["prompt"] for row in held_out + ahead])
+        model.cache_text([""] * guided + [row["prompt"] for row in held_out[own(len(held_out))] + ahead])
 
 
 def train_step(model, optimizer, reward, rows, step, config, accumulate=accumulate_gradients):
     """One step of Algorithm 1: rollout, rewards, advantages, update.  Returns the step's metrics."""
-    P, G = config.groups_per_step, config.group_size
+    P, G, mine = config.groups_per_step, config.group_size, own(config.groups_per_step)
     updates_done = step * config.updates_per_rollout
     policy = "old" if 0 < config.rollout_old_after <= updates_done else "current"
-    repeated = [row for row in rows for _ in range(G)]
+    repeated = [row for row in rows[mine] for _ in range(G)]
     prompts = [row["prompt"] for row in repeated]
     noise = torch.randn(P * G, *model.latent_shape, generator=seeded(config.seed, "rollout", step))  # [B, C, H, W]
+    noise = noise[mine.start * G:mine.stop * G]   # drawn for all, so that a group's does not depend on who owns it
     clock = [time.monotonic()]
-    evaluations = -(-P * G // config.rollout_batch_size) * config.num_inference_steps
+    evaluations = -(-len(noise) // config.rollout_batch_size) * config.num_inference_steps
     with tqdm(total=evaluations + config.updates_per_rollout, desc="rollout", leave=False) as bar:
-        x0, images = rollout(model, prompts, noise, config.num_inference_steps, policy, config, bar)
-        clock.append(time.monotonic())
-        rewards = reward(images, prompts, repeated).view(P, G)                                     # [P, G]
+        with together():
+            x0, images = rollout(model, prompts, noise, config.num_inference_steps, policy, config, bar)
+            clock.append(time.monotonic())
+            rewards = reward(images, prompts, repeated).view(-1, G)
+        rewards = torch.cat(gather(rewards))                                                       # [P, G]
         clock.append(time.monotonic())
         bar.set_description("update")
         advantages = group_advantages(rewards, config.advantage_std).to(model.device)              # [P, G]
-        metrics = update(model, optimizer, x0.unflatten(0, (P, G)), prompts[::G], advantages, config, step, bar,
-                         accumulate)
+        metrics = update(model, optimizer, x0.unflatten(0, (-1, G)), [row["prompt"] for row in rows], advantages,
+                         config, step, bar, accumulate)
     clock.append(time.monotonic())
     return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
             **({"strict": (rewards >= 1).float().mean().item()} if reward.strict else {}),
@@ -978,12 +1138,16 @@ def train_step(model, optimizer, reward, rows, step, config, accumulate=accumula
 
 def train(config):
     """Run Algorithm 1 from config to an exported LoRA.  Returns the signal that ended it early, or None."""
-    config, rewards, model, rows, held_out = prepare(config)
-    folder, reward = open_run(config, held_out), next(iter(rewards.values()))
+    config, rewards, model, rows, held_out = prepare(settle(config))
+    folder, reward = Path(config.output_dir), next(iter(rewards.values()))
+    open_run(config, held_out)
     optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
                                   weight_decay=config.weight_decay)
-    progress = load_newest_checkpoint(folder, model, optimizer)
-    run, step = RunFolder(folder, progress), progress["step"]
+    with together():
+        progress = load_newest_checkpoint(folder, model, optimizer)
+        run, step = RunFolder(folder, progress, config), progress["step"]
+    if len(set(gather(step))) > 1:
+        raise UserError(f"not all processes see the run in {folder}: it must lie on a disk that all machines share")
     describe(config, model, rows, held_out)
     cache_text_ahead(model, rows, held_out, step, config)
     before = after = evaluate(model, rewards, held_out, config, "base")
@@ -994,9 +1158,10 @@ def train(config):
         if step % config.eval_every == 0 and run.curve[-1][0] < step:   # a judge that raised left it out
             run.record_evaluation(step, *after, held_out, rewards)
     skipped = 0   # steps in a row with an update left out
+    stopped_by = None
     try:
         with Stop() as stop, tqdm(total=config.steps, initial=step, desc="dgpo") as bar:
-            while step < config.steps and stop.signal is None:
+            while step < config.steps and stopped_by is None:
                 cache_text_ahead(model, rows, held_out, step, config)
                 metrics = train_step(model, optimizer, reward, rows_of_step(rows, step, config), step, config)
                 step += 1
@@ -1009,19 +1174,21 @@ def train(config):
                 if step % config.eval_every == 0 or step == config.steps:
                     after = evaluate(model, rewards, held_out, config, "ema")
                     run.record_evaluation(step, *after, held_out, rewards)
-                if step % config.save_every == 0 or step == config.steps or stop.signal is not None:
+                stopped_by = max(number or 0 for number in gather(stop.signal)) or None   # all stop after the same step
+                if step % config.save_every == 0 or step == config.steps or stopped_by is not None:
                     run.save(model, optimizer, step, config.keep_checkpoints)
     except RewardError:   # it comes before the step's update, so that what is saved is the end of the last step
         run.save(model, optimizer, step, config.keep_checkpoints)
         raise
-    if stop.signal is None or step >= config.steps:
+    if stopped_by is None or step >= config.steps:
         report(folder, before, after, held_out, rewards, config)
         print(f"{run.seconds():.0f} s in all; LoRA, pictures and curve in {folder}")
         return None
     print(f"stopped after step {step}; the run is saved in {folder}, --resume goes on with it", file=sys.stderr)
-    return stop.signal
+    return stopped_by
 
 
+@first_alone
 def show(bar, metrics, curve, config):
     """Bring the run's progress bar up to date."""
     seconds = sum(metrics[f"seconds_{name}"] for name in ("rollout", "reward", "update"))
@@ -1033,9 +1200,10 @@ def show(bar, metrics, curve, config):
 
 def compare(config):
     """--evaluate: score the prompts with the base model and, if there is one, with --lora, from the same noises."""
-    config, rewards, model, rows, _ = prepare(config)
-    if config.lora:
-        model.lora.load(config.lora)
+    config, rewards, model, rows, _ = prepare(settle(config))
+    with together():
+        if config.lora:
+            model.lora.load(config.lora)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     before = after = evaluate(model, rewards, rows, config, "base")
@@ -1046,7 +1214,7 @@ def compare(config):
     table = {name: {which: summarize(scores[name], rows, reward.strict) for which, (scores, _) in results.items()}
              for name, reward in rewards.items()}
     table = {"config": dataclasses.asdict(config), "rewards": table}
-    (folder / "evaluation.json").write_text(json.dumps(table, indent=2) + "\n")
+    first_alone((folder / "evaluation.json").write_text)(json.dumps(table, indent=2) + "\n")
     print(f"table and pictures in {folder}")
 
 
@@ -1055,18 +1223,21 @@ def compare(config):
 # ------------------------------------------------------------------------------------------------
 
 
+@together()
 def prepare(config):
     """Everything that can go wrong before the first file is written: (config, rewards, model, rows, held_out)."""
     config.check()
     heldout_beside = Path(config.prompt_file).parent / "heldout.txt"
     config = dataclasses.replace(
-        config, device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        output_dir=config.output_dir or time.strftime("runs/%Y-%m-%d-%H%M%S"),
-        eval_prompt_file=config.eval_prompt_file or (str(heldout_beside) if heldout_beside.exists() else ""))
+        config, eval_prompt_file=config.eval_prompt_file or (str(heldout_beside) if heldout_beside.exists() else ""))
+    if config.log_with and getattr(importlib.util.find_spec(config.log_with), "origin", None) is None:
+        raise UserError(f"--log-with {config.log_with} is not installed: pip install {config.log_with}")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU on this machine")
     try:
         torch.empty(0, device=config.device)
+        if config.device.startswith("cuda:"):
+            torch.cuda.set_device(config.device)   # what says only "cuda" means this one
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from error
     load_prompts(config.prompt_file)   # before anything large is loaded
@@ -1100,11 +1271,12 @@ def describe(config, model, rows, held_out):
           f"{config.updates_per_rollout} updates\nwriting to {config.output_dir}", flush=True)
 
 
+@first_alone
 def report(folder, before, after, rows, rewards, config):
     """Write before_after.png and print a table for each reward, from two `evaluate` results, with a warning if need be.
     """
     target = next(iter(rewards))
-    n, k = min(12, len(rows)), min(4, config.eval_images)
+    n, k = min(PICTURED, len(rows)), min(4, config.eval_images)
     pictures = [image for i in range(n) for _, images in (before, after)
                 for image in images[i * config.eval_images:][:k]]
     pairs = torch.stack([before[0][target][:n, :k], after[0][target][:n, :k]], 1).flatten(0, 1)
@@ -1138,9 +1310,12 @@ def main(arguments=None):
     """The command line.  Exit codes: 0 done, 1 cannot write, 2 a setting or a reward to mend, 128 + signal."""
     config = parse_arguments(arguments)
     try:
-        stopped_by = (compare if config.evaluate else train)(config)
-    except (UserError, RewardError) as error:
+        with joined():
+            return run(config)
+    except UserError as error:
         return fail(error, 2)
+    except ConnectionError as error:
+        return fail(error, 1)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         place = getattr(error, "filename", None) or config.output_dir or "runs"
         return fail(f"writing to {place} failed: {getattr(error, 'strerror', None) or error}", 1)
@@ -1153,6 +1328,14 @@ def main(arguments=None):
                     "checkpoint", 1)
     except KeyboardInterrupt:
         return fail("interrupted before the first step: nothing was trained", 130)
+
+
+def run(config):
+    """What all processes do alike, to the exit code; only the first can be heard."""
+    try:
+        stopped_by = (compare if config.evaluate else train)(config)
+    except (UserError, RewardError) as error:
+        return fail(error, 2)
     return 0 if stopped_by is None else 128 + stopped_by
 
 

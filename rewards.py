@@ -835,7 +835,7 @@ def load_reward(spec, device="cpu"):
 
     def reward(images, prompts, metadata):
         total = torch.zeros(len(images))
-        for name, weight, function in terms:
+        for name, weight, function in terms if images else ():   # one of many processes may own no group
             try:
                 scores = torch.as_tensor(function(images, prompts, metadata), dtype=torch.float32).cpu()
             except RewardError:
