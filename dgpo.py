@@ -778,10 +778,35 @@ def own(count):
     return slice(count * rank // world, count * (rank + 1) // world)
 
 
+def exchange(collective, *arguments):
+    """Call a collective operation of torch.distributed.  Raises ConnectionError if a process has died."""
+    try:
+        collective(*arguments)
+    except RuntimeError as error:
+        raise ConnectionError("another process of this job has ended or cannot be reached; --resume goes on from the "
+                              f"last checkpoint ({str(error).splitlines()[0]})") from error
+
+
+def gather(value):
+    """A picklable value of each process -> the list of all of them, on every process."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        exchange(dist.all_gather_object, values, value)
+    return values
+
+
+def sum_gradients(weights):
+    """Add up the processes' gradients, sent as one flat tensor.  One that has none, for want of groups, adds zeros."""
+    if processes()[1] > 1:
+        flat = torch.cat([(torch.zeros_like(t) if t.grad is None else t.grad).flatten() for t in weights])
+        exchange(dist.all_reduce, flat)
+        for t, gradient in zip(weights, flat.split([t.numel() for t in weights])):
+            t.grad = gradient.view_as(t)
+
+
 @contextlib.contextmanager
 def joined():
-    """Join the processes that torchrun started; all but the first are silent then, and none leaves before the others.
-    """
+    """Join the processes that torchrun started; only the first can be heard, and none leaves before the others."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
@@ -790,48 +815,17 @@ def joined():
                                 timeout=datetime.timedelta(minutes=30))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot be joined: {error}; start them with torchrun") from error
-    try:
-        with contextlib.ExitStack() as stack:
-            if processes()[0]:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
-            yield
-            # As soon as one ends with an error torchrun ends the rest: only when the first has written everything, and
-            # not those that end with the same error.
-            gather("done")
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    finally:
-        dist.destroy_process_group()
-
-
-def gather(value):
-    """A picklable value of each process -> the list of all of them, on every process.  ConnectionError if one died."""
-    values = [value] * processes()[1]
-    if len(values) > 1:
-        with lost():
-            dist.all_gather_object(values, value)
-    return values
-
-
-def sum_gradients(weights):
-    """Add up the processes' gradients, sent as one flat tensor.  One that has none, for want of groups, adds zeros."""
-    if processes()[1] > 1:
-        flat = torch.cat([(torch.zeros_like(t) if t.grad is None else t.grad).flatten() for t in weights])
-        with lost():
-            dist.all_reduce(flat)
-        for t, gradient in zip(weights, flat.split([t.numel() for t in weights])):
-            t.grad = gradient.view_as(t)
-
-
-@contextlib.contextmanager
-def lost():
-    """torch says at length which socket was closed."""
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(dist.destroy_process_group)
+        if processes()[0]:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
-    except RuntimeError as error:
-        raise ConnectionError("another process of this job has ended; --resume goes on from the last checkpoint"
-                              ) from error
+        # torchrun ends the rest as soon as one ends with an error: let the first write everything, and then let all end
+        # with the same one.
+        gather("done")
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -863,8 +857,8 @@ def settle(config):
     for name in started[0]:
         if len(values := {each[name] for each in started}) > 1:
             raise UserError(f"{flag(name)} is not the same on all processes: {', '.join(sorted(map(str, values)))}")
-    if device == "cuda" and len(started) > 1:
-        device += ":" + os.environ.get("LOCAL_RANK", "0")
+    if len(started) > 1 and device.startswith("cuda"):
+        device = "cuda:" + os.environ.get("LOCAL_RANK", "0")
     return dataclasses.replace(config, device=device, output_dir=gather(folder)[0])
 
 

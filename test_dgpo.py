@@ -14,6 +14,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -1540,6 +1541,107 @@ def test_training_raises_the_reward(tmp_path):
     first, last = rewards[:window], rewards[-window:]
     standard_error = ((first.var(ddof=1) + last.var(ddof=1)) / window) ** 0.5
     assert last.mean() - first.mean() > 3 * standard_error
+
+
+# ------------------------------------------------------------------------------------------------
+# MANY PROCESSES
+# ------------------------------------------------------------------------------------------------
+
+
+def run_many(count, folder, *flags):
+    """The same run as `run`'s by `count` processes, as typed; returns the finished torchrun."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+         ROOT / "dgpo.py", "--model", MODEL, "--prompt-file", ROOT / "shapes/prompts.txt", "--device", "cpu",
+         "--output-dir", folder, *TINY, *map(str, flags)], capture_output=True, text=True, timeout=300)
+
+
+def same_to_round_off(folder, other):
+    """Compare all lines of two runs' metrics and the LoRAs they end with."""
+    lines, others = metrics_of(folder), metrics_of(other)
+    assert len(lines) == len(others)
+    for a, b in zip(lines, others):
+        assert a.pop("eval_categories", {}) == pytest.approx(b.pop("eval_categories", {}), rel=1e-3, abs=1e-6)
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    a, b = (load_file(path / "lora/pytorch_lora_weights.safetensors") for path in (folder, other))
+    for key in a:
+        assert (a[key] - b[key]).norm() <= 1e-3 * a[key].norm()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of one process that those of many are compared with, and its flags."""
+    path = tmp_path_factory.mktemp("alone")
+    # Smooth in the images, so that round-off stays round-off, and without signal for some prompts; the images of three
+    # prompts are one more than two processes can share evenly and one fewer than four processes.
+    (path / "reward.py").write_text("import numpy as np\ndef score(images, prompts, metadata):\n    return ["
+                                    "len(p) % 2 and float(np.asarray(i).mean()) for i, p in zip(images, prompts)]\n")
+    flags = ["--reward", f"{path / 'reward.py'}:score", "--groups-per-step", 3, "--eval-prompts", 3, "--save-every", 2,
+             "--eval-every", 2, "--advantage-std", "batch", "--rollout-old-after", 2, "--text-cache-size", 6]
+    assert run(path / "run", *flags, "--steps", 4) == 0
+    assert any(0 < line.get("zero_groups", 0) < 1 for line in metrics_of(path / "run"))
+    return path / "run", flags
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_any_number_of_processes_takes_the_same_steps(alone, tmp_path, count):
+    straight, flags = alone
+    done = run_many(count, tmp_path / "run", *flags, "--steps", 4)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("standard error over prompts") == 1   # one of them prints
+    same_to_round_off(straight, tmp_path / "run")
+    assert {p.name for p in straight.rglob("*")} == {p.name for p in (tmp_path / "run").rglob("*")}
+    ours, theirs = (np.asarray(Image.open(path / "before_after.png")) for path in (straight, tmp_path / "run"))
+    assert abs(ours.astype(int) - theirs).mean() < 0.1
+
+
+def test_a_run_resumes_with_another_number_of_processes(alone, tmp_path):
+    straight, flags = alone
+    assert run_many(2, tmp_path / "run", *flags, "--steps", 2).returncode == 0
+    assert run(tmp_path / "run", *flags, "--steps", 4, "--resume") == 0
+    same_to_round_off(straight, tmp_path / "run")
+
+
+@pytest.mark.parametrize("stop, codes, steps, saved, sentence", [
+    ("raise ValueError('no more')", {"2"}, [0, 1], 1, r"error: the reward '.*stops.py:score' raised ValueError: no mo"),
+    ("os.kill(os.getppid(), signal.SIGTERM)", set(), [0, 1, 2], 2, "stopped after step 2; the run is saved in"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", {"-9", "1", "-15"}, [0, 1], 1, "another process of this job has ended")])
+def test_what_stops_one_process_stops_all_and_the_run_can_go_on(tmp_path, stop, codes, steps, saved, sentence):
+    # The second of two processes stops in its second step, by itself or (its parent) by a signal to torchrun.
+    path, calm = tmp_path / "stops.py", "def score(images, prompts, metadata):\n    return [len(p) for p in prompts]\n"
+    path.write_text("import os, signal\ncalls = []\ndef score(images, prompts, metadata):\n    calls.append(1)\n"
+                    f"    if len(calls) == 3 and os.environ['RANK'] == '1':\n        {stop}\n"
+                    "    return [i.getpixel((9, 9))[0] / 255 for i in images]\n")
+    flags = ["--steps", 3, "--save-every", 1, "--reward", f"{path}:score"]
+    start = time.monotonic()
+    done = run_many(2, tmp_path / "run", *flags)
+    assert done.returncode != 0 and time.monotonic() - start < 60
+    assert set(re.findall(r"exitcode +: (-?\d+)", done.stderr)) <= codes, done.stderr
+    assert len(re.findall(sentence, done.stderr)) == 1, done.stderr
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == steps
+    assert max(path.stem for path in (tmp_path / "run/checkpoints").iterdir()) == f"{saved:06d}"
+    path.write_text(calm)
+    assert run(tmp_path / "run", *flags, "--resume") == 0
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 3]
+
+
+def test_processes_that_do_not_fit_together_are_refused_in_one_sentence(tmp_path):
+    # Started by hand, as two machines with different commands would be.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    base = [sys.executable, ROOT / "dgpo.py", "--model", MODEL, "--prompt-file", ROOT / "shapes/prompts.txt"]
+    environment = {**os.environ, "WORLD_SIZE": "2"}
+    lone = subprocess.run(base, capture_output=True, text=True, env=environment)
+    assert lone.returncode == 2 and "start them with torchrun" in refusal(lone.stderr)
+    pair = [subprocess.Popen([*base, "--device", "cpu", "--output-dir", tmp_path / "run", "--seed", str(rank)],
+                             stderr=subprocess.PIPE, text=True, env={
+                                 **environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
+                                 "MASTER_ADDR": "127.0.0.1"}) for rank in range(2)]
+    printed = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [2, 2]
+    assert "--seed is not the same on all processes: 0, 1" in refusal(printed[0]) and printed[1] == ""
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module", params=["3", "3.5-medium"])
