@@ -810,6 +810,9 @@ def joined():
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    # Whoever imports it later (diffusers does) has its default arguments hold the group: its threads, still there at
+    # the interpreter's end, then abort now and then.
+    importlib.import_module("torch.distributed.nn.functional")
     try:   # half an hour for one that hangs; torchrun notices one that dies
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                 timeout=datetime.timedelta(minutes=30))
