@@ -37,6 +37,7 @@ import random
 import signal
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -914,6 +915,14 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)   # what a full disk has left of it would only fill the disk
 
 
+def checksum(tensors, text):
+    """CRC-32 of tensors, their names and a text: safetensors itself does not notice a changed bit."""
+    crc = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), crc))
+    return str(crc)
+
+
 def save_checkpoint(path, model, optimizer, step, curve, metrics_bytes, seconds):
     """All that a run needs to go on: every policy's LoRA, AdamW's moments, and how far it is."""
     tensors = {}
@@ -921,15 +930,19 @@ def save_checkpoint(path, model, optimizer, step, curve, metrics_bytes, seconds)
         tensors.update({f"{policy}.{i}": t.detach().contiguous() for i, t in enumerate(model.lora.weights(policy))})
     for i, state in optimizer.state_dict()["state"].items():
         tensors.update({f"adamw.{i}.{key}": value for key, value in state.items()})
-    progress = {"step": step, "curve": curve, "metrics_bytes": metrics_bytes, "seconds": seconds}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"progress": json.dumps(progress)}))
+    progress = json.dumps({"step": step, "curve": curve, "metrics_bytes": metrics_bytes, "seconds": seconds})
+    metadata = {"progress": progress, "checksum": checksum(tensors, progress)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def load_checkpoint(path, model, optimizer):
     """Put a checkpoint's tensors in place and return its progress.  Raises UserError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
-            tensors, progress = {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["progress"])
+            tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+        if checksum(tensors, metadata["progress"]) != metadata["checksum"]:
+            raise ValueError("its checksum is wrong")
+        progress = json.loads(metadata["progress"])
         progress = {name: kind(progress[name]) for name, kind in (
             ("step", int), ("curve", list), ("metrics_bytes", int), ("seconds", float))}
         with torch.no_grad():

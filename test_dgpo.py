@@ -1447,14 +1447,17 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_harms_nothing(tmp_path, caps
     assert run(tmp_path / "run", *flags, "--steps", 2, "--resume") == 0
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys):
+@pytest.mark.parametrize("damage", ["cut off", "a bit flipped"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys, damage):
     flags = ["--eval-every", 2, "--save-every", 1, "--reward", "jpeg_incompressibility"]
     assert run(tmp_path / "calm", *flags, "--steps", 3) == 0
     assert run(tmp_path / "run", *flags, "--steps", 3, "--keep-checkpoints", 2) == 0
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["000002.safetensors", "000003.safetensors"]
     path = tmp_path / "run/checkpoints/000003.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1   # in a tensor
+    path.write_bytes(content[:-100] if damage == "cut off" else content)
     capsys.readouterr()
     assert run(tmp_path / "run", *flags, "--steps", 3, "--resume") == 0
     assert "000003.safetensors cannot be read" in capsys.readouterr().err
@@ -1933,7 +1936,7 @@ def test_any_prompt_file_is_read_or_refused_in_one_sentence(tmp_path, lines, end
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_a_checkpoint_or_a_lora_with_any_damage_is_read_or_refused_in_one_sentence(tmp_path, data):
+def test_a_checkpoint_or_a_lora_with_any_damage_is_read_whole_or_refused_in_one_sentence(tmp_path, data):
     model, optimizer = MODEL_FOR_FUZZING, adamw(MODEL_FOR_FUZZING)
     path = tmp_path / "pytorch_lora_weights.safetensors"
     for write, read in ((lambda: save_checkpoint(path, model, optimizer, 3, [[0, 0.5]], 7, 1.0),
@@ -1949,7 +1952,7 @@ def test_a_checkpoint_or_a_lora_with_any_damage_is_read_or_refused_in_one_senten
         path.write_bytes(content)
         with contextlib.suppress(UserError):
             progress = read()
-            assert progress is None or set(progress) == {"step", "curve", "metrics_bytes", "seconds"}
+            assert progress in (None, {"step": 3, "curve": [[0, 0.5]], "metrics_bytes": 7, "seconds": 1.0})
 
 
 FLAGS = st.sampled_from([field.name for field in dataclasses.fields(Config)])
