@@ -1516,6 +1516,29 @@ def test_a_run_that_blows_up_ends_with_a_sentence_and_its_checkpoint(tmp_path, c
     assert (tmp_path / "checkpoints/000001.safetensors").read_bytes() == whole
 
 
+def test_every_number_of_the_metrics_is_in_tensorboard_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    assert run(tmp_path, "--steps", 2, "--log-with", "tensorboard", "--eval-reward", "jpeg_compressibility") == 0
+    events, logged = EventAccumulator(str(tmp_path)).Reload(), set()
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
+        step, inner = line.pop("step"), [(f"{a}/{b}", v) for a in line if isinstance(line[a], dict)
+                                         for b, v in line[a].items()]
+        for name, value in [*line.items(), *inner]:
+            if type(value) in (int, float):
+                logged.add(name)
+                assert (step, np.float32(value)) in [(event.step, event.value) for event in events.Scalars(name)]
+    assert logged == set(events.Tags()["scalars"])
+    assert {"reward_mean", "eval_score", "eval_judges/jpeg_compressibility"} < logged
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_asked_for_before_anything_is_written(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setitem(sys.modules, name, None)   # what Python does for a package that is not there
+    assert run(tmp_path / "run", "--log-with", name) == 2
+    assert f"--log-with {name} is not installed: pip install {name}" in refusal(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
     path = tmp_path / "stops.py"
     path.write_text("import os, signal\ncalls = []\ndef score(images, prompts, metadata):\n    calls.append(1)\n"
