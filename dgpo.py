@@ -822,7 +822,7 @@ def joined():
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         if processes()[0]:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         yield
