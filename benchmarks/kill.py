@@ -5,8 +5,8 @@ r"""Kill a run at random moments and resume it until it is done: is it, bit for 
     python benchmarks/kill.py --kills 50 --processes 2   # the same through torchrun, whose processes all die at once
 
 A run is the embedded job made small, of `--steps` steps of well under a second.  Half of the kills strike before a
-(re)started run has logged its first line, the others after.  Damage is a byte changed anywhere in the file or its end
-cut off.  As many runs are made as the kills need; each is compared with the calm one: metrics.jsonl without its times,
+(re)started run has logged its first line, the others after.  Damage is, in turn, an end cut off and a bit changed
+anywhere in the file.  As many runs are made as the kills need; each is compared with the calm one: metrics.jsonl without its times,
 the exported LoRA, the last checkpoint's tensors and the pictures.  Prints a row of a Markdown table.  Linux only.
 """
 
@@ -69,17 +69,15 @@ def checkpoints(folder):
     return sorted((folder / "checkpoints").glob("*.safetensors"))
 
 
-def damage(path, rng):
-    """Cut the end off or change one byte; returns what was done."""
+def damage(path, cut, rng):
+    """Cut the end off, or change one bit."""
     content = bytearray(path.read_bytes())
     place = rng.randrange(len(content))
-    cut = rng.random() < 0.5
     if cut:
         content = content[:place]
     else:
         content[place] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
-    return "cut" if cut else "flipped"
 
 
 def difference(folder, calm):
@@ -132,14 +130,16 @@ def main():
                 count["kills"] += 1
                 whole = [path for path in checkpoints(folder) if damaged.get(path) != path.stat().st_mtime_ns]
                 if arguments.damage and len(whole) > 1 and rng.random() < 0.5:
-                    count[damage(whole[-1], rng)] += 1
+                    kind = "cut" if count["cut"] <= count["flipped"] else "flipped"
+                    damage(whole[-1], kind == "cut", rng)
+                    count[kind] += 1
                     damaged[whole[-1]] = whole.pop().stat().st_mtime_ns
                 logged = [line["step"] for line in lines(folder)]
                 count["redone"] += max(logged, default=0) - (int(whole[-1].stem) if whole else 0)
             differing += [f"run {count['runs']}: {name}" for name in difference(folder, calm)]
             count["runs"] += 1
     columns = {"processes": arguments.processes, "runs of steps": f"{count['runs']} of {arguments.steps}",
-               "SIGKILL": count["kills"], "checkpoints cut off": count["cut"], "with a byte changed": count["flipped"],
+               "SIGKILL": count["kills"], "checkpoints cut off": count["cut"], "with a bit changed": count["flipped"],
                "steps done twice": count["redone"], "what was lost": ", ".join(differing) or "nothing"}
     for row in (columns, ["---"] * len(columns), columns.values()):
         print("| " + " | ".join(map(str, row)) + " |")
