@@ -6,8 +6,9 @@ r"""Kill a run at random moments and resume it until it is done: is it, bit for 
 
 A run is the embedded job made small, of `--steps` steps of well under a second.  Half of the kills strike before a
 (re)started run has logged its first line, the others after.  Damage is, in turn, an end cut off and a bit changed
-anywhere in the file.  As many runs are made as the kills need; each is compared with the calm one: metrics.jsonl without its times,
-the exported LoRA, the last checkpoint's tensors and the pictures.  Prints a row of a Markdown table.  Linux only.
+anywhere in the file.  As many runs are made as the kills need; each is compared with the calm one: metrics.jsonl
+without its times, the exported LoRA, the last checkpoint's tensors and the pictures.  Prints a row of a Markdown table.
+Linux only.
 """
 
 import argparse
