@@ -257,7 +257,7 @@ def speed_table(curves):
         for method, row in prices.items():
             cells = []
             for p, best in zip(row, prices.get("dgpo", row)):
-                times = f" ({p / best:.1f}x)" if best < math.inf else ""
+                times = f" ({p / best:.1f}x)" if 0 < best < math.inf else ""
                 cells.append(f"{p / scale:.{digits}f}{times}" if p < math.inf else "-")   # not by every seed
             rows.append([unit if scale == 1 else f"{unit}, thousands", method, *cells])
     return markdown(["to reach", "method", *LEVELS], rows)
