@@ -112,7 +112,7 @@ class Config:
     group_size: int = setting(12, "G, images a prompt (paper: 24)", low=2)
     num_inference_steps: int = setting(8, "solver steps of a rollout (paper: 10)")
     solver: str = setting("dpm++2m", "ODE solver of rollouts and evaluation", choices=("euler", "dpm++2m"))
-    guidance_scale: float = setting(1.0, "classifier-free guidance of rollouts and evaluation (paper: 4.5)", low=0)
+    guidance_scale: float = setting(1.0, "guidance of rollouts and evaluation, up to 1: none (paper: 4.5)", low=0)
     shift: float = setting(3.0, "timestep shift of solver and training (paper: 3)", low=1e-3)
     resolution: int = setting(0, "image side in pixels, 0 for the model's own (paper: 512)", low=0)
     max_sequence_length: int = setting(1, "T5 tokens; without a T5, the zero tokens in its place (paper: 256)", low=0)
@@ -381,33 +381,28 @@ def load_pipeline(path, config):
     transformers_logging.disable_progress_bar()
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import logging as hub_logging
     diffusers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     local = os.path.isdir(path)
     if local:
         diffusers_logging.disable_progress_bar()
-    absent = absent_modules(path) if local else {}
-    if not config.t5:
-        absent |= {"text_encoder_3": None, "tokenizer_3": None}
     dtypes = {"default": getattr(torch, config.dtype), "vae": torch.float32}
+    absent = {} if config.t5 else {"text_encoder_3": None, "tokenizer_3": None}
     try:
+        if local:
+            index = json.loads((Path(path) / "model_index.json").read_text())
+            if index["_class_name"] != "StableDiffusion3Pipeline":
+                raise ValueError(f"it holds a {index['_class_name']}, not a StableDiffusion3Pipeline")
+            # from_pretrained wants to be told which modules a folder leaves out (SD3 without T5).
+            absent |= {name: None for name, value in index.items() if value == [None, None]}
         return StableDiffusion3Pipeline.from_pretrained(path, dtype=dtypes, local_files_only=local, **absent)
     except Exception as error:  # a folder can be wrong in many ways, and diffusers has an exception for each
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not local:
             reason += ("; for a hub id, accept the licence on its page and run `hf auth login`, check the network, or "
                        "give a folder with the files")
         raise UserError(f"--model {path} cannot be loaded as an SD3 pipeline: {reason}") from error
-
-
-def absent_modules(path):
-    """from_pretrained wants to be told which modules of a local folder are left out (SD3 without T5)."""
-    try:
-        index = json.loads((Path(path) / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {path} is no diffusers pipeline folder: no readable model_index.json") from error
-    if index.get("_class_name") != "StableDiffusion3Pipeline":
-        raise UserError(f"--model {path} holds a {index.get('_class_name')}, not a StableDiffusion3Pipeline")
-    return {name: None for name, value in index.items() if value == [None, None]}
 
 
 class SD3:
@@ -1305,12 +1300,16 @@ def report(folder, before, after, rows, rewards, config):
 def parse_arguments(arguments=None):
     """The command line as a Config: one flag per field."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, epilog="Defaults with any other --model: "
+        usage="%(prog)s --prompt-file FILE [--flag value ...]    (all flags: --help)",
+        description=__doc__.split("\n\n")[0] + "  Defaults, those of the embedded job, stand in brackets.",
+        allow_abbrev=False, epilog="Defaults with any other --model: "
         + " ".join(flag(name) if value is True else f"{flag(name)} {value}" for name, value in PAPER.items()))
     for field in dataclasses.fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument(flag(field.name), default=field.default, **kind, **field.metadata["argparse"])
+        options = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
+        options |= field.metadata["argparse"]
+        if field.default != "" and field.default is not False:
+            options["help"] += f" [{field.default}]"
+        parser.add_argument(flag(field.name), default=field.default, **options)
     if Path(parser.parse_args(arguments).model).resolve() != EMBEDDED_MODEL:
         parser.set_defaults(**PAPER)
     return Config(**vars(parser.parse_args(arguments)))

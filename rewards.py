@@ -771,7 +771,9 @@ STRICT_REWARDS = {"shapes", "geneval", "geneval_accuracy"}
 
 def load_models(name, source, device):
     """The reward `name` with its models loaded, from `source` if it is not None.  Raises RewardError."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
+    hub_logging.set_verbosity_error()   # it would report each of five tries to find the network
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     paths = model_paths(name, source)

@@ -2036,8 +2036,8 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
             (["--resolution", 72], "--resolution 72: this model wants a multiple of 8, at most 64"),
             (["--evaluate", "--lora", tmp_path], "pytorch_lora_weights.safetensors there cannot be read"),
             (["--model", tmp_path / "absent"], "absent cannot be loaded as an SD3 pipeline"),
-            (["--model", tmp_path / "folder"], "no readable model_index.json"),
-            (["--model", tmp_path / "other"], "other holds a FluxPipeline, not a StableDiffusion3Pipeline"),
+            (["--model", tmp_path / "folder"], "model_index.json"),
+            (["--model", tmp_path / "other"], "it holds a FluxPipeline, not a StableDiffusion3Pipeline"),
             (["--model", tmp_path / "hollow"], "hollow cannot be loaded as an SD3 pipeline")):
         assert run(tmp_path / "run", *flags) == 2, flags
         printed = capsys.readouterr().err
