@@ -15,6 +15,9 @@ Conventions, those of diffusers: x_t = (1 - sigma) x0 + sigma noise, velocity = 
 data.  Shapes at the right margin: P prompts (groups), G images a group, B = P*G, M timesteps a rollout, R (group,
 timestep) rows, and [C, H, W] a latent.
 
+Where to read: the method is FLOW MATCHING, GROUP PREFERENCES, LORA, ROLLOUT, UPDATE and, calling them by name, TRAIN.
+SETTINGS, THE MODEL, EVALUATION, MANY PROCESSES, FILES and MAIN make a command of it that can be trusted for days.
+
 Departures from the paper and from its authors' published settings:
  1. Timesteps are drawn from the continuous interval [shift(t_min), 1], one in each of M equal strata, not from the
     rollout's grid: a grid of 10 steps has only 5 or 6 points above t_min, and strata lower the gradient's variance.

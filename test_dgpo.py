@@ -2071,6 +2071,7 @@ def readme_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.parametrize("sd35", ["3.5-medium"], indirect=True)
 def test_every_command_of_the_readme_runs(sd35, judges, tmp_path, monkeypatch):
     # Each as it stands there and then made short, with small models of the same kind in the place of the hub's.
     monkeypatch.chdir(tmp_path)
