@@ -972,33 +972,45 @@ def load_newest_checkpoint(folder, model, optimizer):
     return {"step": 0, "curve": [], "metrics_bytes": 0, "seconds": 0.0}
 
 
-# What may differ between a run and its continuation; any other setting would make it another run.
+# What may differ between a run and its continuation; any other setting would make it another run.  Of the paths only
+# what lies there counts, see `fingerprint`.
 FREE_ON_RESUME = {"resume", "output_dir", "steps", "save_every", "keep_checkpoints", "device", "rollout_batch_size",
-                  "text_cache_size", "gradient_checkpointing", "compile", "log_with"}
+                  "text_cache_size", "gradient_checkpointing", "compile", "log_with", "model", "prompt_file",
+                  "eval_prompt_file"}
+
+
+def fingerprint(model, rows, held_out):
+    """Checksums of what a run's paths lead to, by flag: dict of str."""
+    some_weights = {name: layer.base.weight[0] for name, layer in model.lora.layers.items()}   # all would be gigabytes
+    return {"model": checksum(some_weights, ""), "prompt_file": checksum({}, json.dumps(rows)),
+            "eval_prompt_file": checksum({}, json.dumps(held_out))}
 
 
 @together()
 @first_alone
-def open_run(config, held_out):
+def open_run(config, model, rows, held_out):
     """Make the output folder and write config.json, or check that the folder's run is the one to resume."""
-    folder = Path(config.output_dir)
+    folder, prints = Path(config.output_dir), fingerprint(model, rows, held_out)
     if (folder / "config.json").exists():
         if not config.resume:
             raise UserError(f"--output-dir {folder} holds another run; give --resume to go on with it")
         try:
             before = dict(json.loads((folder / "config.json").read_text()))
-        except ValueError as error:
-            raise UserError(f"{folder / 'config.json'} cannot be read: {error}") from error
+            prints_before = dict(before["fingerprint"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / 'config.json'} cannot be read: {error!r}") from error
         for name, value in dataclasses.asdict(config).items():
             if name not in FREE_ON_RESUME and before.get(name, value) != value:
                 raise UserError(f"{flag(name)} is {value}, but the run in {folder} has {before[name]}")
+            if prints.get(name) != prints_before.get(name):
+                raise UserError(f"{flag(name)} {value} does not hold what the run in {folder} began with")
     elif config.resume:
         raise UserError(f"--resume: there is no run in {folder or '.'}")
     for name in ("samples", "checkpoints"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     # Where no file names the held-out prompts, config.json does.
     named = {} if config.eval_prompt_file else {"held_out": [row["prompt"] for row in held_out]}
-    text = json.dumps({**dataclasses.asdict(config), **named}, indent=2) + "\n"
+    text = json.dumps({**dataclasses.asdict(config), **named, "fingerprint": prints}, indent=2) + "\n"
     write_atomically(folder / "config.json", lambda temporary: temporary.write_text(text))
 
 
@@ -1148,7 +1160,7 @@ def train(config):
     """Run Algorithm 1 from config to an exported LoRA.  Returns the signal that ended it early, or None."""
     config, rewards, model, rows, held_out = prepare(settle(config))
     folder, reward = Path(config.output_dir), next(iter(rewards.values()))
-    open_run(config, held_out)
+    open_run(config, model, rows, held_out)
     optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
                                   weight_decay=config.weight_decay)
     with together():

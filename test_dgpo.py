@@ -1466,6 +1466,34 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, capsys
     assert ours.keys() == calm.keys() and all(torch.equal(ours[key], calm[key]) for key in ours)
 
 
+def test_a_run_goes_on_wherever_its_model_and_prompts_lie_but_not_with_others(tmp_path, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(MODEL, here / "model")
+    (here / "prompts.txt").write_text("a red circle\ntwo squares\n")
+    (here / "held_out.txt").write_text("a star\n")
+
+    def go(folder, *flags):
+        return run(tmp_path / "run", "--model", folder / "model", "--prompt-file", folder / "prompts.txt",
+                   "--eval-prompt-file", folder / "held_out.txt", "--resolution", 32, "--max-sequence-length", 1, *flags)
+
+    assert go(here, "--steps", 1) == 0
+    here.rename(there)
+    assert go(there, "--steps", 2, "--resume") == 0
+    weights_file = there / "model/transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(weights_file)
+    weights["transformer_blocks.3.attn.to_q.weight"][0, 7] += 1
+    for path, name, change in ((there / "prompts.txt", "--prompt-file", lambda path: path.write_text("a ring\n")),
+                               (there / "held_out.txt", "--eval-prompt-file", lambda path: path.write_text("a ring\n")),
+                               (weights_file, "--model", lambda path: save_file(weights, path, {"format": "pt"}))):
+        whole = path.read_bytes()
+        change(path)
+        capsys.readouterr()
+        assert go(there, "--steps", 3, "--resume") == 2
+        assert re.search(f"{name} .* does not hold what the run in .* began with", refusal(capsys.readouterr().err))
+        path.write_bytes(whole)
+    assert go(there, "--steps", 3, "--resume") == 0
+
+
 def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(tmp_path, capsys):
     assert run(tmp_path, "--steps", 1) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
