@@ -817,8 +817,14 @@ def joined():
                                 timeout=datetime.timedelta(minutes=30))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot be joined: {error}; start them with torchrun") from error
+    def leave():
+        # gloo's threads want Python's lock to let go of the last exchange's tensors, and the end of the group waits for
+        # them while it holds that lock: without this pause for ever, now and then.
+        time.sleep(1)
+        dist.destroy_process_group()
+
     with contextlib.ExitStack() as stack:
-        stack.callback(dist.destroy_process_group)
+        stack.callback(leave)
         if processes()[0]:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -33,8 +34,6 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer
@@ -75,6 +74,7 @@ from dgpo import (
     dgpo_loss,
     draw_timesteps,
     evaluate,
+    flag,
     group_advantages,
     load_checkpoint,
     load_pipeline,
@@ -134,7 +134,15 @@ def sd3(**settings):
     return SD3(load_pipeline(config.model, config), config), config
 
 
-MODEL_FOR_FUZZING = sd3()[0]   # loaded once, for the thousands of inputs that hypothesis makes up
+@pytest.fixture(scope="module")
+def embedded():
+    """The embedded model, loaded once for the thousands of inputs that hypothesis makes up."""
+    return sd3()[0]
+
+
+def needs(package):
+    """Skip a test, and say so, where a test-only package is missing; README's command installs them all."""
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"pip install {package}")
 
 
 def diffusers_pipeline():
@@ -444,8 +452,8 @@ def test_a_bfloat16_model_keeps_its_lora_and_its_velocities_in_float32():
     assert all(v.dtype == torch.float32 for v in velocities(model, ["current", "reference"]))
 
 
+@needs("peft")
 def test_exported_lora_draws_the_same_images_in_plain_diffusers(tmp_path):
-    pytest.importorskip("peft", reason="diffusers loads no LoRA without peft: pip install peft")
     model, config = sd3(solver="euler", guidance_scale=3.0)
     randomize(model, "ema", 0.1, 12)
     model.lora.export(tmp_path)
@@ -1473,8 +1481,9 @@ def test_a_run_goes_on_wherever_its_model_and_prompts_lie_but_not_with_others(tm
     (here / "held_out.txt").write_text("a star\n")
 
     def go(folder, *flags):
-        return run(tmp_path / "run", "--model", folder / "model", "--prompt-file", folder / "prompts.txt",
-                   "--eval-prompt-file", folder / "held_out.txt", "--resolution", 32, "--max-sequence-length", 1, *flags)
+        files = ["--model", folder / "model", "--prompt-file", folder / "prompts.txt", "--eval-prompt-file",
+                 folder / "held_out.txt"]
+        return run(tmp_path / "run", *files, "--resolution", 32, "--max-sequence-length", 1, *flags)
 
     assert go(here, "--steps", 1) == 0
     here.rename(there)
@@ -1544,6 +1553,7 @@ def test_a_run_that_blows_up_ends_with_a_sentence_and_its_checkpoint(tmp_path, c
     assert (tmp_path / "checkpoints/000001.safetensors").read_bytes() == whole
 
 
+@needs("tensorboard")
 def test_every_number_of_the_metrics_is_in_tensorboard_too(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     assert run(tmp_path, "--steps", 2, "--log-with", "tensorboard", "--eval-reward", "jpeg_compressibility") == 0
@@ -1918,6 +1928,7 @@ def test_the_price_of_a_score_lies_between_evaluations():
     assert claims.price(curve, 0.95, "images") == math.inf
 
 
+@needs("matplotlib")
 def test_the_comparison_measures_every_method_and_draws_and_prints_it(tmp_path, capsys):
     few = ["--eval-prompts", "6", "--eval-images", "2", "--evaluations", "2", "--output-dir", str(tmp_path)]
     claims.main(["--budget", "0.05", *few])
@@ -1966,61 +1977,75 @@ def test_running_out_of_memory_is_answered_with_the_flags_that_help(tmp_path, ca
     assert "out of memory: lower --rollout-batch-size (now 256), " in refusal(capsys.readouterr().err)
 
 
-PROMPT_LINES = st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode), st.sampled_from(
-    [b"a star", b"\xef\xbb\xbfa ring", b"\x00", b"a " * 3000, b'{"prompt": "a star"}', b'{"prompt": ["a"]}',
-     b'{"prompt": "\\ud800"}', b"[" * 5000, b"NaN", b"1" * 5000]))
+def try_many(check, examples, **strategies):
+    """Call check with that many inputs that hypothesis makes up from its strategies."""
+    from hypothesis import HealthCheck, given, settings
+    how = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    how(given(**strategies)(check))()
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(lines=st.lists(PROMPT_LINES, max_size=8), end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
-       suffix=st.sampled_from([".txt", ".jsonl"]))
-def test_any_prompt_file_is_read_or_refused_in_one_sentence(tmp_path, lines, end, suffix):
-    path = tmp_path / f"prompts{suffix}"
-    path.write_bytes(end.join(lines))
-    try:
-        rows = load_prompts(path, MODEL_FOR_FUZZING)
-        assert rows and all(row["prompt"].strip() for row in rows)
-        assert len({row["prompt"] for row in rows}) == len(rows)
-    except UserError as error:
-        assert str(path) in str(error)
+@needs("hypothesis")
+def test_any_prompt_file_is_read_or_refused_in_one_sentence(embedded, tmp_path):
+    from hypothesis import strategies as st
+    line = st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode), st.sampled_from(
+        [b"a star", b"\xef\xbb\xbfa ring", b"\x00", b"a " * 3000, b'{"prompt": "a star"}', b'{"prompt": ["a"]}',
+         b'{"prompt": "\\ud800"}', b"[" * 5000, b"NaN", b"1" * 5000]))
+
+    def check(lines, end, suffix):
+        path = tmp_path / f"prompts{suffix}"
+        path.write_bytes(end.join(lines))
+        try:
+            rows = load_prompts(path, embedded)
+            assert rows and all(row["prompt"].strip() for row in rows)
+            assert len({row["prompt"] for row in rows}) == len(rows)
+        except UserError as error:
+            assert str(path) in str(error)
+
+    try_many(check, 400, lines=st.lists(line, max_size=8), end=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+             suffix=st.sampled_from([".txt", ".jsonl"]))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_a_checkpoint_or_a_lora_with_any_damage_is_read_whole_or_refused_in_one_sentence(tmp_path, data):
-    model, optimizer = MODEL_FOR_FUZZING, adamw(MODEL_FOR_FUZZING)
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-    for write, read in ((lambda: save_checkpoint(path, model, optimizer, 3, [[0, 0.5]], 7, 1.0),
-                         lambda: load_checkpoint(path, model, optimizer)),
-                        (lambda: model.lora.export(tmp_path), lambda: model.lora.load(tmp_path))):
-        write()
-        content = bytearray(path.read_bytes())
-        if data.draw(st.booleans()):
-            content = content[:data.draw(st.integers(0, len(content) - 1))]
-        for place in data.draw(st.lists(st.integers(0, 3000), max_size=4)):   # in the header, mostly
-            if place < len(content):
-                content[place] = data.draw(st.integers(0, 255))
-        path.write_bytes(content)
-        with contextlib.suppress(UserError):
-            progress = read()
-            assert progress in (None, {"step": 3, "curve": [[0, 0.5]], "metrics_bytes": 7, "seconds": 1.0})
+@needs("hypothesis")
+def test_a_checkpoint_or_a_lora_with_any_damage_is_read_whole_or_refused_in_one_sentence(embedded, tmp_path):
+    from hypothesis import strategies as st
+    model, optimizer, path = embedded, adamw(embedded), tmp_path / "pytorch_lora_weights.safetensors"
+
+    def check(data):
+        for write, read in ((lambda: save_checkpoint(path, model, optimizer, 3, [[0, 0.5]], 7, 1.0),
+                             lambda: load_checkpoint(path, model, optimizer)),
+                            (lambda: model.lora.export(tmp_path), lambda: model.lora.load(tmp_path))):
+            write()
+            content = bytearray(path.read_bytes())
+            if data.draw(st.booleans()):
+                content = content[:data.draw(st.integers(0, len(content) - 1))]
+            for place in data.draw(st.lists(st.integers(0, 3000), max_size=4)):   # in the header, mostly
+                if place < len(content):
+                    content[place] = data.draw(st.integers(0, 255))
+            path.write_bytes(content)
+            with contextlib.suppress(UserError):
+                progress = read()
+                assert progress in (None, {"step": 3, "curve": [[0, 0.5]], "metrics_bytes": 7, "seconds": 1.0})
+
+    try_many(check, 150, data=st.data())
 
 
-FLAGS = st.sampled_from([field.name for field in dataclasses.fields(Config)])
-VALUES = st.one_of(st.text(max_size=20), st.integers().map(str), st.floats().map(str), st.sampled_from(
-    ["nan", "-inf", "1e400", "-1", "0", "1e9", "", "None", "\u0663", "9" * 5000]))
+@needs("hypothesis")
+def test_any_flags_are_taken_or_refused():
+    from hypothesis import strategies as st
+    name = st.sampled_from([field.name for field in dataclasses.fields(Config)])
+    value = st.one_of(st.text(max_size=20), st.integers().map(str), st.floats().map(str), st.sampled_from(
+        ["nan", "-inf", "1e400", "-1", "0", "1e9", "", "None", "\u0663", "9" * 5000]))
 
+    def check(pairs):
+        arguments = ["--prompt-file", "p.txt", *(f"{flag(name)}={value}" for name, value in pairs)]
+        try:
+            parse_arguments(arguments).check()
+        except UserError as error:
+            assert str(error).startswith("--")
+        except SystemExit as error:   # argparse's own refusal
+            assert error.code == 2
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
-@given(pairs=st.lists(st.tuples(FLAGS, VALUES), max_size=4))
-def test_any_flags_are_taken_or_refused(pairs):
-    arguments = ["--prompt-file", "p.txt", *(f"--{name.replace('_', '-')}={value}" for name, value in pairs)]
-    try:
-        parse_arguments(arguments).check()
-    except UserError as error:
-        assert str(error).startswith("--")
-    except SystemExit as error:   # argparse's own refusal
-        assert error.code == 2
+    try_many(check, 400, pairs=st.lists(st.tuples(name, value), max_size=4))
 
 
 def test_another_model_gets_the_papers_settings_unless_told_otherwise():
@@ -2099,6 +2124,7 @@ def readme_blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
+@needs("matplotlib")
 @pytest.mark.parametrize("sd35", ["3.5-medium"], indirect=True)
 def test_every_command_of_the_readme_runs(sd35, judges, tmp_path, monkeypatch):
     # Each as it stands there and then made short, with small models of the same kind in the place of the hub's.
