@@ -818,6 +818,7 @@ def joined():
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot be joined: {error}; start them with torchrun") from error
     def leave():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # from torchrun, where another has ended: it can wait a second
         # gloo's threads want Python's lock to let go of the last exchange's tensors, and the end of the group waits for
         # them while it holds that lock: without this pause for ever, now and then.
         time.sleep(1)
@@ -833,7 +834,6 @@ def joined():
         # torchrun ends the rest as soon as one ends with an error: let the first write everything, and then let all end
         # with the same one.
         gather("done")
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
