@@ -803,6 +803,15 @@ def sum_gradients(weights):
             t.grad = gradient.view_as(t)
 
 
+def leave():
+    """Leave the process group, deaf to a SIGTERM of torchrun's because another process has left before."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # gloo's threads want Python's lock to let go of the last exchange's tensors, and the end of the group waits for
+    # them while it holds that lock: without this pause for ever, now and then.
+    time.sleep(1)
+    dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def joined():
     """Join the processes that torchrun started; only the first can be heard, and none leaves before the others."""
@@ -817,13 +826,6 @@ def joined():
                                 timeout=datetime.timedelta(minutes=30))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot be joined: {error}; start them with torchrun") from error
-    def leave():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # from torchrun, where another has ended: it can wait a second
-        # gloo's threads want Python's lock to let go of the last exchange's tensors, and the end of the group waits for
-        # them while it holds that lock: without this pause for ever, now and then.
-        time.sleep(1)
-        dist.destroy_process_group()
-
     with contextlib.ExitStack() as stack:
         stack.callback(leave)
         if processes()[0]:
