@@ -376,8 +376,7 @@ class LoRA:
 
 
 def load_pipeline(path, config):
-    """A StableDiffusion3Pipeline in main memory, from a folder (then no hub is asked) or a hub id.  Raises UserError.
-    """
+    """A StableDiffusion3Pipeline in main memory, from a folder (no hub is asked) or a hub id.  Raises UserError."""
     # Imported late, and quietly, so that --help and errors of the command line come at once.
     from transformers.utils import logging as transformers_logging
     transformers_logging.set_verbosity_error()
@@ -1301,8 +1300,7 @@ def describe(config, model, rows, held_out):
 
 @first_alone
 def report(folder, before, after, rows, rewards, config):
-    """Write before_after.png and print a table for each reward, from two `evaluate` results, with a warning if need be.
-    """
+    """Write before_after.png, print a table of each reward from two `evaluate` results, warn of judges that fell."""
     target = next(iter(rewards))
     n, k = min(PICTURED, len(rows)), min(4, config.eval_images)
     pictures = [image for i in range(n) for _, images in (before, after)
