@@ -1931,14 +1931,14 @@ def test_the_price_of_a_score_lies_between_evaluations():
 @needs("matplotlib")
 def test_the_comparison_measures_every_method_and_draws_and_prints_it(tmp_path, capsys):
     few = ["--eval-prompts", "6", "--eval-images", "2", "--evaluations", "2", "--output-dir", str(tmp_path)]
-    claims.main(["--budget", "0.05", *few])
+    claims.main(["--budget", "0.02", *few])
     curves = claims.load_results(tmp_path, "claims")
     assert list(curves) == claims.PEERS
     for (curve,) in curves.values():
         assert curve[0]["step"] == 0 and curve[0]["strict"] == curves["dgpo"][0][0]["strict"]
         for before, after in itertools.pairwise(curve):
             assert all(after[name] > before[name] for name in ("step", "seconds", "images", "evaluations"))
-        assert curve[-1]["images"] == 96 * curve[-1]["step"] and curve[-1]["seconds"] >= 3
+        assert curve[-1]["images"] == 96 * curve[-1]["step"] and curve[-1]["seconds"] >= 1.2
         assert set(curve[-1]) >= {"strict", "error", "graded", "distance", "diversity", "categories"}
     # DGPO: 8 forwards an image in rollouts; then 4 timesteps of reference, old, current and its backward pass.
     steps = curves["dgpo"][0][-1]["step"]

@@ -58,7 +58,9 @@ METHODS = {
     "dgpo_own_noise": (functools.partial(train_step, accumulate=baselines.own_noise), {}),
     "dgpo_plain_signs": (functools.partial(train_step, accumulate=baselines.plain_signs), {}),
 }
-PEERS = ["dgpo", "flow_grpo", "flow_grpo_fast", "diffusion_dpo", "nft", "awm"]
+# Flow-GRPO with random steps in the first half of a trajectory alone came out best, in either of two ways.
+PEERS = ["dgpo", "flow_grpo", "flow_grpo_fast", "flow_grpo:sde_window=4:updates_per_rollout=2",
+         "flow_grpo:sde_window=4:noise_level=1", "diffusion_dpo", "nft", "awm"]
 ABLATIONS = {
     "rollouts": ["dgpo", "dgpo:solver=euler", "dgpo_sde_rollouts"],
     "rollout_steps": ["dgpo:num_inference_steps=4", "dgpo:num_inference_steps=6", "dgpo",
