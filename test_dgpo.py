@@ -444,6 +444,16 @@ def test_policies_follow_the_current_one_by_exponential_averages():
             torch.testing.assert_close(t, decay * first + (1 - decay) * new)
 
 
+def test_the_old_policy_follows_more_slowly_from_update_to_update():
+    # The decay is min(old_decay, ramp * updates done), as in the authors' code.
+    model, config = sd3(updates_per_rollout=1, old_decay=0.25, old_decay_ramp=0.1)
+    for step, decay in enumerate((0.1, 0.2, 0.25, 0.25)):
+        before = [t.clone() for t in model.lora.weights("old")]
+        update(model, adamw(model), *update_inputs(model), config, step=step)
+        for t, old, new in zip(model.lora.weights("old"), before, model.lora.weights("current")):
+            torch.testing.assert_close(t, decay * old + (1 - decay) * new)
+
+
 def test_a_bfloat16_model_keeps_its_lora_and_its_velocities_in_float32():
     model, config = sd3(dtype="bfloat16")
     update(model, adamw(model), *update_inputs(model), config, step=0)
@@ -522,11 +532,15 @@ def test_an_euler_rollout_is_the_pipeline_of_diffusers(guidance_scale):
     assert abs(pixels(ours) - pixels(theirs)).max() <= 1
 
 
-def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch():
+@pytest.mark.parametrize("reference_decay", [1.0, 0.9])
+def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch(reference_decay):
     # Four rows (two groups at two timesteps), G = 5, one further row's worth counted but left out.
-    model, config = sd3(clip_range=0.01, kl_weight=0.5, beta=20.0, reference_guidance_scale=2.0)
+    model, config = sd3(clip_range=0.01, kl_weight=0.5, beta=20.0, reference_guidance_scale=2.0,
+                        reference_decay=reference_decay)
     randomize(model, "current", 0.05, 15)
     randomize(model, "old", 0.05, 16)
+    if reference_decay < 1:
+        randomize(model, "reference", 0.05, 18)
     x0, prompts, advantages = update_inputs(model)
     x0, prompts, advantages = x0.repeat(2, 1, 1, 1, 1), prompts * 2, advantages.repeat(2, 1)
     sigma, noise = torch.tensor([0.6, 0.7, 0.8, 0.95]), torch.randn(4, 1, *model.latent_shape, generator=seed(17))
@@ -534,11 +548,13 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch():
     # The objective in one piece and from its definition.
     x_t, target = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
     text = [t.repeat_interleave(5, 0) for t in model.encode(prompts)]
-    v, v_old, v_ref = (model.velocity(x_t.flatten(0, 1), sigma.repeat_interleave(5), text, policy, scale).view_as(x_t)
-                       for policy, scale in (("current", 1.0), ("old", 1.0), ("reference", 2.0)))
+    v, v_old, v_ref, v_base = (
+        model.velocity(x_t.flatten(0, 1), sigma.repeat_interleave(5), text, policy, scale).view_as(x_t)
+        for policy, scale in (("current", 1.0), ("old", 1.0), ("reference", 2.0), ("base", 2.0)))
+    assert torch.equal(v_ref, v_base) == (reference_decay == 1)
     error, old_error, ref_error = ((u - target).pow(2).mean((2, 3, 4)) for u in (v, v_old, v_ref))
     clipped = clip_error(error, old_error.detach(), advantages, config.clip_range)
-    loss, kl = dgpo_loss(clipped, ref_error.detach(), advantages, config.beta), (v - v_ref.detach()).pow(2).mean()
+    loss, kl = dgpo_loss(clipped, ref_error.detach(), advantages, config.beta), (v - v_base).pow(2).mean()
     weights = model.lora.weights("current")
     whole = torch.cat([g.flatten() for g in torch.autograd.grad((loss + config.kl_weight * kl) * 4 / 5, weights)])
 
