@@ -53,7 +53,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from rewards import RewardError, load_reward, prompt_category
+from rewards import RewardError, load_reward, prompt_category, quiet_libraries
 
 # ------------------------------------------------------------------------------------------------
 # SETTINGS: this list is the command line
@@ -378,14 +378,10 @@ class LoRA:
 def load_pipeline(path, config):
     """A StableDiffusion3Pipeline in main memory, from a folder (no hub is asked) or a hub id.  Raises UserError."""
     # Imported late, and quietly, so that --help and errors of the command line come at once.
-    from transformers.utils import logging as transformers_logging
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     from diffusers import StableDiffusion3Pipeline
     from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import logging as hub_logging
     diffusers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
     local = os.path.isdir(path)
     if local:
         diffusers_logging.disable_progress_bar()

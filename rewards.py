@@ -769,13 +769,18 @@ LOADERS = {"pickscore": load_pickscore, "clipscore": load_clipscore, "aesthetic"
 STRICT_REWARDS = {"shapes", "geneval", "geneval_accuracy"}
 
 
-def load_models(name, source, device):
-    """The reward `name` with its models loaded, from `source` if it is not None.  Raises RewardError."""
+def quiet_libraries():
+    """Keep transformers and the hub's client from talking: what goes wrong is said once, in a sentence of our own."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
     hub_logging.set_verbosity_error()   # it would report each of five tries to find the network
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def load_models(name, source, device):
+    """The reward `name` with its models loaded, from `source` if it is not None.  Raises RewardError."""
+    quiet_libraries()
     paths = model_paths(name, source)
     try:
         return LOADERS[name](paths, device)

@@ -1,6 +1,6 @@
 """What the method promises, one property a test, in the order of dgpo.py.
 
-    python -m pytest -q test_dgpo.py   # about four minutes on two CPU cores; README says what it needs besides
+    python -m pytest -q test_dgpo.py   # about six minutes on two CPU cores; README says what it needs besides
 """
 
 import contextlib
@@ -1947,14 +1947,14 @@ def test_the_price_of_a_score_lies_between_evaluations():
 @needs("matplotlib")
 def test_the_comparison_measures_every_method_and_draws_and_prints_it(tmp_path, capsys):
     few = ["--eval-prompts", "6", "--eval-images", "2", "--evaluations", "2", "--output-dir", str(tmp_path)]
-    claims.main(["--budget", "0.02", *few])
+    claims.main(["--budget", "0.05", *few])
     curves = claims.load_results(tmp_path, "claims")
     assert list(curves) == claims.PEERS
     for (curve,) in curves.values():
         assert curve[0]["step"] == 0 and curve[0]["strict"] == curves["dgpo"][0][0]["strict"]
         for before, after in itertools.pairwise(curve):
             assert all(after[name] > before[name] for name in ("step", "seconds", "images", "evaluations"))
-        assert curve[-1]["images"] == 96 * curve[-1]["step"] and curve[-1]["seconds"] >= 1.2
+        assert curve[-1]["images"] == 96 * curve[-1]["step"] and curve[-1]["seconds"] >= 3
         assert set(curve[-1]) >= {"strict", "error", "graded", "distance", "diversity", "categories"}
     # DGPO: 8 forwards an image in rollouts; then 4 timesteps of reference, old, current and its backward pass.
     steps = curves["dgpo"][0][-1]["step"]
@@ -2105,8 +2105,10 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
             (["--resolution", 72], "--resolution 72: this model wants a multiple of 8, at most 64"),
             (["--evaluate", "--lora", tmp_path], "pytorch_lora_weights.safetensors there cannot be read"),
             (["--model", tmp_path / "absent"], "absent cannot be loaded as an SD3 pipeline"),
-            (["--model", tmp_path / "folder"], "model_index.json"),
-            (["--model", tmp_path / "other"], "it holds a FluxPipeline, not a StableDiffusion3Pipeline"),
+            (["--model", tmp_path / "folder"], "folder cannot be loaded as an SD3 pipeline: [Errno 2] No such file or "
+             f"directory: '{tmp_path / 'folder/model_index.json'}'"),
+            (["--model", tmp_path / "other"], "other cannot be loaded as an SD3 pipeline: it holds a FluxPipeline, not "
+             "a StableDiffusion3Pipeline"),
             (["--model", tmp_path / "hollow"], "hollow cannot be loaded as an SD3 pipeline")):
         assert run(tmp_path / "run", *flags) == 2, flags
         printed = capsys.readouterr().err
