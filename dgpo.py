@@ -53,7 +53,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-from rewards import RewardError, load_reward, prompt_category, quiet_libraries
+from rewards import UserError, load_reward, prompt_category, quiet_libraries
 
 # ------------------------------------------------------------------------------------------------
 # SETTINGS: this list is the command line
@@ -63,10 +63,6 @@ from rewards import RewardError, load_reward, prompt_category, quiet_libraries
 MAX_SKIPPED = 10   # steps in a row whose gradient may be infinite before a run gives up
 PICTURED = 12      # held-out prompts whose images are shown
 EMBEDDED_MODEL = Path(__file__).resolve().parent / "shapes/model"
-
-
-class UserError(Exception):
-    """Something the user can put right; main() prints it as one sentence and exits with code 2."""
 
 
 def setting(default, help, low=1, high=10 ** 9, **argparse_options):
@@ -433,7 +429,7 @@ class SD3:
         self.latent_shape = (shape.in_channels, side, side)
         # An image of 1024 x 1024 takes about 4 GB to decode, so pixels, not images, are what is counted.
         self.decode_batch_size = max(1, 2 ** 21 // (side * factor) ** 2)
-        self.text_cache, self.empty_text = {}, None
+        self.texts = {}
 
     def too_long(self, prompt):
         """Whether every tokenizer would cut the prompt off, so that no encoder sees its end."""
@@ -445,14 +441,14 @@ class SD3:
         return all(len(tokenizer(prompt).input_ids) > limit for tokenizer, limit in limits if tokenizer is not None)
 
     @torch.no_grad()
-    def cache_text(self, prompts):
-        """Encode the prompts that are not cached yet, in batches, and forget all others.
+    def encode(self, prompts):
+        """Encode the prompts that are not remembered yet, in batches, and forget all others.
 
         The text encoders visit the device for this only, and the embeddings stay in main memory: with a T5, one prompt
         is 2.7 MB.
         """
-        self.text_cache = {p: self.text_cache.get(p) for p in prompts}
-        missing = [p for p, text in self.text_cache.items() if text is None]
+        self.texts = {p: self.texts.get(p) for p in prompts}
+        missing = [p for p, text in self.texts.items() if text is None]
         for encoder in self.encoders if missing else ():
             encoder.to(self.device)
         for i in range(0, len(missing), 16):
@@ -462,34 +458,31 @@ class SD3:
                 batch + [""] * (16 - len(batch)), None, None, do_classifier_free_guidance=False, device=self.device,
                 max_sequence_length=self.max_sequence_length)
             for prompt, *text in zip(batch, tokens.cpu(), pooled.cpu()):
-                self.text_cache[prompt] = [part.clone() for part in text]   # a view would keep its whole batch
+                self.texts[prompt] = [part.clone() for part in text]   # a view would keep its whole batch
         for encoder in self.encoders if missing else ():
             encoder.to("cpu")
 
-    def encode(self, prompts):
+    def embeddings(self, prompts):
         """List of B strings -> (token embeddings [B, L, D], pooled embeddings [B, D]) on the device."""
         place = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-        if any(p not in self.text_cache for p in place):
-            self.cache_text([*self.text_cache, *place])
+        if any(p not in self.texts for p in place):
+            self.encode([*self.texts, *place])
         index = torch.tensor([place[p] for p in prompts], device=self.device)
-        return tuple(torch.stack(parts).to(self.device)[index] for parts in zip(*(self.text_cache[p] for p in place)))
+        return tuple(torch.stack(parts).to(self.device)[index] for parts in zip(*(self.texts[p] for p in place)))
 
-    def velocity(self, x, sigma, text, policy, guidance_scale=1.0):
-        """The policy's velocity at x [B, C, H, W], sigma (a number, 0-d on the CPU, or [B]) -> float32 [B, C, H, W].
+    def velocity(self, x, sigma, prompts, policy, guidance_scale=1.0):
+        """The policy's velocity at x [B, C, H, W] for B prompts, float32 [B, C, H, W]; sigma: a number, 0-d, or [B].
 
         policy: "reference", "old", "current", "ema", or "base" for the frozen model.
         guidance_scale > 1: v("") + scale (v(prompt) - v("")).
         """
         self.lora.select(policy)
-        tokens, pooled = text
         if not isinstance(sigma, torch.Tensor) or sigma.ndim == 0:
             sigma = torch.full((len(x),), float(sigma), device=x.device)   # a copy to the GPU would wait for it
         inputs, guided = x, guidance_scale > 1
         if guided:
-            self.empty_text = self.empty_text or self.encode([""])
-            tokens = torch.cat([tokens, self.empty_text[0].expand_as(tokens)])
-            pooled = torch.cat([pooled, self.empty_text[1].expand_as(pooled)])
-            inputs, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
+            prompts, inputs, sigma = [*prompts, *[""] * len(x)], torch.cat([x, x]), torch.cat([sigma, sigma])
+        tokens, pooled = self.embeddings(prompts)
         v = self.transformer(inputs.to(self.dtype), tokens, pooled, sigma * 1000, return_dict=False)[0].float()
         if guided:
             v, v_empty = v.chunk(2)
@@ -522,12 +515,10 @@ def rollout(model, prompts, noise, num_steps, policy, config, bar=None):
     sigmas = ode_sigmas(num_steps, config.shift)   # left on the CPU, so that the solver never waits for a GPU
     latents, images = [], []
     for i in range(0, len(prompts), config.rollout_batch_size):
-        text = model.encode(prompts[i:i + config.rollout_batch_size])
-
-        def velocity(x, sigma, text=text):
+        def velocity(x, sigma, batch=prompts[i:i + config.rollout_batch_size]):
             if bar is not None:
                 bar.update()
-            return model.velocity(x, sigma, text, policy, config.guidance_scale)
+            return model.velocity(x, sigma, batch, policy, config.guidance_scale)
 
         start = noise[i:i + config.rollout_batch_size].to(model.device)
         latents.append(sample_ode(velocity, start, sigmas, config.solver))
@@ -554,14 +545,13 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
     """
     R, G = advantages.shape
     parts = [slice(i, i + config.train_batch_size) for i in range(0, G, config.train_batch_size)]
-    tokens, pooled = model.encode(prompts)
     x_t, target = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))                                 # [R, G, C, H, W]
 
     def velocity(rows, part, policy, guidance_scale=1.0):                                          # [r, g, C, H, W]
         x = x_t[rows, part]
-        text = tokens[rows].repeat_interleave(x.shape[1], 0), pooled[rows].repeat_interleave(x.shape[1], 0)
+        repeated = [prompt for prompt in prompts[rows] for _ in range(x.shape[1])]
         each_sigma = sigma[rows].repeat_interleave(x.shape[1])
-        return model.velocity(x.flatten(0, 1), each_sigma, text, policy, guidance_scale).view(x.shape)
+        return model.velocity(x.flatten(0, 1), each_sigma, repeated, policy, guidance_scale).view(x.shape)
 
     def whole(rows, policy, guidance_scale=1.0):                                                   # [r, G, C, H, W]
         return torch.cat([velocity(rows, part, policy, guidance_scale) for part in parts], 1)
@@ -839,7 +829,7 @@ def together():
     error = None
     try:
         yield
-    except (UserError, RewardError) as caught:
+    except UserError as caught:
         error = caught
     for other in gather(error):
         if other is not None:
@@ -1124,10 +1114,10 @@ def cache_text_ahead(model, rows, held_out, step, config):
     """If this step's prompts are not encoded yet, encode those of the steps to come that fit in --text-cache-size."""
     last = min(config.steps, step + max(1, config.text_cache_size // config.groups_per_step))
     mine = own(config.groups_per_step)
-    if any(row["prompt"] not in model.text_cache for row in rows_of_step(rows, step, config)[mine]):
+    if any(row["prompt"] not in model.texts for row in rows_of_step(rows, step, config)[mine]):
         ahead = [row for later in range(step, last) for row in rows_of_step(rows, later, config)[mine]]
         guided = max(config.guidance_scale, config.reference_guidance_scale) > 1
-        model.cache_text([""] * guided + [row["prompt"] for row in held_out[own(len(held_out))] + ahead])
+        model.encode([""] * guided + [row["prompt"] for row in held_out[own(len(held_out))] + ahead])
 
 
 def train_step(model, optimizer, reward, rows, step, config, accumulate=accumulate_gradients):
@@ -1200,7 +1190,7 @@ def train(config):
                 stopped_by = max(number or 0 for number in gather(stop.signal)) or None   # all stop after the same step
                 if step % config.save_every == 0 or step == config.steps or stopped_by is not None:
                     run.save(model, optimizer, step, config.keep_checkpoints)
-    except RewardError:   # it comes before the step's update, so that what is saved is the end of the last step
+    except UserError:   # it comes before the step's update, so that what is saved is the end of the last step
         run.save(model, optimizer, step, config.keep_checkpoints)
         raise
     if stopped_by is None or step >= config.steps:
@@ -1360,7 +1350,7 @@ def run(config):
     """What all processes do alike, to the exit code; only the first can be heard."""
     try:
         stopped_by = (compare if config.evaluate else train)(config)
-    except (UserError, RewardError) as error:
+    except UserError as error:
         return fail(error, 2)
     return 0 if stopped_by is None else 128 + stopped_by
 

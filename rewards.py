@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 
-class RewardError(Exception):
-    """A reward that cannot be loaded, raises, or returns something else than one finite number per image."""
+class UserError(Exception):
+    """Something the user can put right: dgpo.py's main() prints it as one sentence and exits with code 2."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def model_paths(name, source):
         return {**paths, ".": source}
     folders = {part: os.path.join(source, part) for part in paths}
     if not all(os.path.isdir(folder) for folder in folders.values()):
-        raise RewardError(f"--reward {name}={source}: there must be a folder {source} with the subfolders "
+        raise UserError(f"--reward {name}={source}: there must be a folder {source} with the subfolders "
                           + " and ".join(f"{part} (the files of {paths[part]})" for part in paths))
     return folders
 
@@ -311,7 +311,7 @@ def load_pretrained(auto_class, path, device=None, dtype=None):
     # transformers draws weights that are missing at random and only warns: such a judge would score noise.
     missing = sorted(set(info["missing_keys"]) & {key for key, _ in model.named_parameters()})
     if missing:
-        raise RewardError(f"{path} is no {type(model).__name__}: it has no weights for {missing[0]}")
+        raise UserError(f"{path} is no {type(model).__name__}: it has no weights for {missing[0]}")
     return model.to(device).requires_grad_(False).eval()
 
 
@@ -391,14 +391,14 @@ def load_aesthetic(paths, device):
     names = ("aesthetic-model.pth", "sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.safetensors")
     local = [path for path in (os.path.join(paths["."], name) for name in names) if os.path.isfile(path)]
     if os.path.isdir(paths["."]) and not local:
-        raise RewardError(f"{paths['.']} holds no head of the aesthetic predictor ({' or '.join(names)})")
+        raise UserError(f"{paths['.']} holds no head of the aesthetic predictor ({' or '.join(names)})")
     path = local[0] if local else hf_hub_download(paths["head"], names[0])
     state = load_file(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     # Linear layers with nothing but dropout between them, 768-1024-128-64-16-1: the state dict says it all.
     layers = [(weight.float().to(device), state[key.replace("weight", "bias")].float().to(device))
               for key, weight in state.items() if key.endswith("weight")]
     if layers[0][0].shape[1] != clip[0].config.projection_dim:
-        raise RewardError(f"the aesthetic head {path} takes embeddings of size {layers[0][0].shape[1]}, "
+        raise UserError(f"the aesthetic head {path} takes embeddings of size {layers[0][0].shape[1]}, "
                           f"the CLIP model {paths['.']} gives {clip[0].config.projection_dim}")
 
     def aesthetic(images, prompts, metadata):
@@ -537,12 +537,12 @@ def object_crops(image, objects):
 
 
 def check_geneval_metadata(prompt, metadata, names):
-    """Raise RewardError for a prompt without the fields of GenEval's files, or with a class nobody would ever find."""
+    """Raise UserError for a prompt without the fields of GenEval's files, or with a class nobody would ever find."""
     if not metadata.get("include"):
-        raise RewardError(f"geneval: the prompt {prompt!r} has no field 'include'; give a .jsonl of GenEval's form")
+        raise UserError(f"geneval: the prompt {prompt!r} has no field 'include'; give a .jsonl of GenEval's form")
     for wanted in metadata["include"] + metadata.get("exclude", []):
         if wanted["class"] not in names or wanted.get("color", COLORS[0]) not in COLORS:
-            raise RewardError(f"geneval: the prompt {prompt!r} asks for {wanted}, a class or colour that is not known")
+            raise UserError(f"geneval: the prompt {prompt!r} asks for {wanted}, a class or colour that is not known")
 
 
 def load_geneval(paths, device, exact=True):
@@ -583,11 +583,11 @@ def load_geneval(paths, device, exact=True):
 
 def wanted_text(prompt, metadata):
     """What an image should say: the field `text` of its metadata, or the first part of the prompt in double quotes,
-    straight or curly (the first as in the authors' code).  Raises RewardError if there is neither."""
+    straight or curly (the first as in the authors' code).  Raises UserError if there is neither."""
     quoted = re.search(r'"([^"]+)"|“([^”]+)”', prompt)
     text = metadata.get("text") or (quoted and (quoted[1] or quoted[2])) or ""
     if not text.strip():
-        raise RewardError(f"ocr: the prompt {prompt!r} has no text in double quotes, nor a field 'text'")
+        raise UserError(f"ocr: the prompt {prompt!r} has no text in double quotes, nor a field 'text'")
     return text
 
 
@@ -740,7 +740,7 @@ def load_vlm(paths, device):
     processor = load_vlm_processor(paths["."])
     digits = [processor.tokenizer.encode(str(rating), add_special_tokens=False)[-1] for rating in range(1, 6)]
     if len(set(digits)) < 5:
-        raise RewardError(f"the tokenizer of {paths['.']} has no tokens of their own for the ratings 1 to 5")
+        raise UserError(f"the tokenizer of {paths['.']} has no tokens of their own for the ratings 1 to 5")
 
     def vlm(images, prompts, metadata):
         scores = []
@@ -779,42 +779,42 @@ def quiet_libraries():
 
 
 def load_models(name, source, device):
-    """The reward `name` with its models loaded, from `source` if it is not None.  Raises RewardError."""
+    """The reward `name` with its models loaded, from `source` if it is not None.  Raises UserError."""
     quiet_libraries()
     paths = model_paths(name, source)
     try:
         return LOADERS[name](paths, device)
-    except RewardError:
+    except UserError:
         raise
     except Exception as error:  # no network, no licence accepted, a wrong folder: each library has its own exceptions
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RewardError(f"the reward {name!r} cannot be loaded from {' and '.join(paths.values())}: {reason} "
+        raise UserError(f"the reward {name!r} cannot be loaded from {' and '.join(paths.values())}: {reason} "
                           f"(give --reward {name}=FOLDER with the models' files)") from error
 
 
 def load_function(name, device="cpu"):
-    """A reward by its name: `reward`, `reward=folder or hub id`, or `path/to/file.py:function`.  Raises RewardError."""
+    """A reward by its name: `reward`, `reward=folder or hub id`, or `path/to/file.py:function`.  Raises UserError."""
     base, equals, source = name.partition("=")
     if base in LOADERS:
         return load_models(base, source if equals else None, device)
     if base in REWARDS:
         if equals:
-            raise RewardError(f"the reward {base!r} has no model, so it takes no '={source}'")
+            raise UserError(f"the reward {base!r} has no model, so it takes no '={source}'")
         return REWARDS[base]
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
         known = ", ".join([*REWARDS, *LOADERS])
-        raise RewardError(f"unknown reward {name!r}; known: {known}, or path/to/file.py:function")
+        raise UserError(f"unknown reward {name!r}; known: {known}, or path/to/file.py:function")
     if not Path(path).is_file():
-        raise RewardError(f"the reward file {path} does not exist")
+        raise UserError(f"the reward file {path} does not exist")
     try:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file does wrong is the user's to read, in one sentence
-        raise RewardError(f"the reward file {path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise UserError(f"the reward file {path} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(getattr(module, function, None)):
-        raise RewardError(f"the reward file {path} has no function {function!r}")
+        raise UserError(f"the reward file {path} has no function {function!r}")
     return getattr(module, function)
 
 
@@ -835,7 +835,7 @@ def load_reward(spec, device="cpu"):
 
     A name is that of a reward, `reward=FOLDER` or `reward=ID` for a reward that is a model, or `file.py:function`.  The
     callable takes (images: list of PIL images, prompts: list of str, metadata: list of dict), all of length B, and
-    returns float32 [B] on the CPU.  Its attribute `strict` says whether 1.0 means "all right".  Raises RewardError at
+    returns float32 [B] on the CPU.  Its attribute `strict` says whether 1.0 means "all right".  Raises UserError at
     once for what cannot be loaded, and when called for a reward that raises, or returns a wrong length or a NaN.
     """
     terms = [(name, weight, load_function(name, device)) for name, weight in parse_reward(spec)]
@@ -845,17 +845,17 @@ def load_reward(spec, device="cpu"):
         for name, weight, function in terms if images else ():   # one of many processes may own no group
             try:
                 scores = torch.as_tensor(function(images, prompts, metadata), dtype=torch.float32).cpu()
-            except RewardError:
+            except UserError:
                 raise
             except Exception as error:  # a reward is foreign code: name it, and let the caller save and stop
-                raise RewardError(f"the reward {name!r} raised {type(error).__name__}: {error} (first prompt of the "
+                raise UserError(f"the reward {name!r} raised {type(error).__name__}: {error} (first prompt of the "
                                   f"batch: {prompts[0]!r})") from error
             if scores.shape != (len(images),):
-                raise RewardError(f"the reward {name!r} returned shape {tuple(scores.shape)} for {len(images)} images "
+                raise UserError(f"the reward {name!r} returned shape {tuple(scores.shape)} for {len(images)} images "
                                   f"(first prompt: {prompts[0]!r})")
             if not scores.isfinite().all():
                 culprit = prompts[int((~scores.isfinite()).nonzero()[0])]
-                raise RewardError(f"the reward {name!r} returned a value that is not finite for {culprit!r}")
+                raise UserError(f"the reward {name!r} returned a value that is not finite for {culprit!r}")
             total += weight * scores
         return total
 

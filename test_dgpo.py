@@ -65,7 +65,6 @@ from benchmarks import baselines, claims, flow_grpo, throughput
 from dgpo import (
     SD3,
     Config,
-    UserError,
     accumulate_gradients,
     add_noise,
     cache_text_ahead,
@@ -95,7 +94,7 @@ from rewards import (
     CATEGORIES,
     COLORS,
     RATING_PROMPT,
-    RewardError,
+    UserError,
     box_relations,
     color_texts,
     cut_lines,
@@ -232,9 +231,10 @@ def test_dpm_solver_is_that_of_diffusers():
 def test_a_rollout_never_waits_for_the_device(solver):
     # A tensor on the meta device has a shape and no values: looking at one, which is what makes a GPU wait, raises.
     model, config = sd3(device="meta")
-    model.text_cache = {p: [torch.zeros(11, 128), torch.zeros(128)] for p in ["", *PROMPTS]}
-    text, noise = model.encode(PROMPTS), torch.empty(4, *model.latent_shape, device="meta")
-    x0 = sample_ode(lambda x, sigma: model.velocity(x, sigma, text, "current", 3.0), noise, ode_sigmas(5, 3.0), solver)
+    model.texts = {p: [torch.zeros(11, 128), torch.zeros(128)] for p in ["", *PROMPTS]}
+    noise = torch.empty(4, *model.latent_shape, device="meta")
+    x0 = sample_ode(lambda x, sigma: model.velocity(x, sigma, PROMPTS, "current", 3.0), noise, ode_sigmas(5, 3.0),
+                    solver)
     assert x0.device.type == "meta" and x0.shape == noise.shape
 
 
@@ -395,7 +395,7 @@ def velocities(model, policies):
     """The policies' velocities at one fixed point: a list of [4, C, H, W]."""
     x, sigma = torch.randn(4, *model.latent_shape, generator=seed(9)), torch.tensor([0.5, 0.6, 0.8, 1.0])
     with torch.no_grad():
-        return [model.velocity(x, sigma, model.encode(PROMPTS), policy) for policy in policies]
+        return [model.velocity(x, sigma, PROMPTS, policy) for policy in policies]
 
 
 def update_inputs(model, groups=2, size=5):
@@ -412,7 +412,7 @@ def test_every_policy_starts_as_the_base_model():
     model, _ = sd3(reference_decay=0.9)
     base, x = diffusers_pipeline().transformer, torch.randn(4, *model.latent_shape, generator=seed(9))
     with torch.no_grad():
-        plain = base(x, *model.encode(PROMPTS), 1000 * torch.tensor([0.5, 0.6, 0.8, 1.0]), return_dict=False)[0]
+        plain = base(x, *model.embeddings(PROMPTS), 1000 * torch.tensor([0.5, 0.6, 0.8, 1.0]), return_dict=False)[0]
     for velocity in velocities(model, ["current", "old", "ema", "reference", "base"]):
         assert torch.equal(velocity, plain)
 
@@ -506,12 +506,12 @@ def test_prompts_are_encoded_ahead_and_no_more_of_them_than_wanted():
 
     for step, window in ((0, (0, 1, 2)), (1, (0, 1, 2)), (3, (3, 4)), (4, (3, 4))):   # three steps, and never past 5
         cache_text_ahead(model, rows, held_out, step, config)
-        assert set(model.text_cache) == prompts(*window) | {row["prompt"] for row in held_out}
+        assert set(model.texts) == prompts(*window) | {row["prompt"] for row in held_out}
     # Whatever way an embedding got there, it is the pipeline's.
     prompt = rows_of_step(rows, 4, config)[0]["prompt"]
     tokens, _, pooled, _ = diffusers_pipeline().encode_prompt(prompt, None, None, do_classifier_free_guidance=False,
                                                               max_sequence_length=1)
-    for ours, theirs in zip(model.encode([prompt, prompt]), (tokens, pooled)):
+    for ours, theirs in zip(model.embeddings([prompt, prompt]), (tokens, pooled)):
         torch.testing.assert_close(ours, theirs.repeat(2, *[1] * (theirs.ndim - 1)))
 
 
@@ -547,9 +547,9 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch(referenc
 
     # The objective in one piece and from its definition.
     x_t, target = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
-    text = [t.repeat_interleave(5, 0) for t in model.encode(prompts)]
+    repeated = [prompt for prompt in prompts for _ in range(5)]
     v, v_old, v_ref, v_base = (
-        model.velocity(x_t.flatten(0, 1), sigma.repeat_interleave(5), text, policy, scale).view_as(x_t)
+        model.velocity(x_t.flatten(0, 1), sigma.repeat_interleave(5), repeated, policy, scale).view_as(x_t)
         for policy, scale in (("current", 1.0), ("old", 1.0), ("reference", 2.0), ("base", 2.0)))
     assert torch.equal(v_ref, v_base) == (reference_decay == 1)
     error, old_error, ref_error = ((u - target).pow(2).mean((2, 3, 4)) for u in (v, v_old, v_ref))
@@ -648,9 +648,9 @@ def test_updates_favour_the_preferred_images():
         update(model, optimizer, x0, prompts, advantages, config, step)
     noise = torch.randn(x0[:, :1].shape, generator=seed(21))
     x_t, target = add_noise(x0, noise, 0.8)
-    text = [t.repeat_interleave(5, 0) for t in model.encode(prompts)]
+    repeated = [prompt for prompt in prompts for _ in range(5)]
     with torch.no_grad():
-        error, ref_error = ((model.velocity(x_t.flatten(0, 1), 0.8, text, policy).view_as(x_t) - target)
+        error, ref_error = ((model.velocity(x_t.flatten(0, 1), 0.8, repeated, policy).view_as(x_t) - target)
                             .pow(2).mean((2, 3, 4)) for policy in ("current", "reference"))
     assert ((advantages * (error - ref_error)).mean(1) < -1e-3).all()
 
@@ -819,7 +819,7 @@ def test_a_weighted_sum_of_rewards_and_a_reward_of_ones_own(tmp_path):
 def test_a_faulty_reward_is_named_with_a_prompt(tmp_path, body, sentence):
     path = tmp_path / "faulty.py"
     path.write_text(f"def score(images, prompts, metadata):\n    {body}\n")
-    with pytest.raises(RewardError, match=f"faulty.py:score.*{sentence}"):
+    with pytest.raises(UserError, match=f"faulty.py:score.*{sentence}"):
         load_reward(f"{path}:score")(IMAGES, PROMPTS[:3], [{}] * 3)
 
 
@@ -832,7 +832,7 @@ def test_a_reward_that_cannot_be_loaded_is_named_at_once(tmp_path):
                            (f"{tmp_path}/absent.py:f", "absent.py does not exist"),
                            (f"{tmp_path}/broken.py:f", "cannot be imported: ModuleNotFoundError"),
                            (f"{tmp_path}/empty.py:f", "has no function 'f'")):
-        with pytest.raises(RewardError, match=re.escape(sentence)):
+        with pytest.raises(UserError, match=re.escape(sentence)):
             load_reward(spec)
 
 
@@ -973,7 +973,7 @@ def test_a_model_that_cannot_be_loaded_is_named_with_what_to_do(clip_folder, tmp
             (f"clipscore={partial}", "partial is no CLIPModel: it has no weights for visual_projection.weight"),
             (f"aesthetic={clip_folder}", "holds no head of the aesthetic predictor"),
             (f"aesthetic={small}", "takes embeddings of size 768, the CLIP model")):
-        with pytest.raises(RewardError, match=re.escape(sentence)) as caught:
+        with pytest.raises(UserError, match=re.escape(sentence)) as caught:
             load_reward(spec)
         assert "\n" not in str(caught.value)
 
@@ -1142,9 +1142,9 @@ def test_geneval_refuses_prompts_it_cannot_judge(geneval_folder, tmp_path):
     for fields, sentence in (({}, "'a dog' has no field 'include'"),
                              ({"include": [one("dragon")]}, "'a dog' asks for {'class': 'dragon'"),
                              ({"include": [one("dog", color="mauve")]}, "a class or colour that is not known")):
-        with pytest.raises(RewardError, match=re.escape(sentence)):
+        with pytest.raises(UserError, match=re.escape(sentence)):
             reward(pictures(1), ["a dog"], [fields])
-    with pytest.raises(RewardError, match=re.escape("with the subfolders detector (the files of facebook/mask2former")):
+    with pytest.raises(UserError, match=re.escape("with the subfolders detector (the files of facebook/mask2former")):
         load_reward(f"geneval={tmp_path}")
 
 
@@ -1170,7 +1170,7 @@ def test_ocr_score_is_the_authors(read, wanted, score):
     ('a " "', {}, None), ('5" nail', {}, None)])
 def test_the_wanted_text_stands_in_double_quotes_or_in_the_metadata(prompt, fields, text):
     if text is None:
-        with pytest.raises(RewardError, match=re.escape(f"ocr: the prompt {prompt!r} has no text in double quotes")):
+        with pytest.raises(UserError, match=re.escape(f"ocr: the prompt {prompt!r} has no text in double quotes")):
             wanted_text(prompt, fields)
     else:
         assert wanted_text(prompt, fields) == text
@@ -1365,7 +1365,7 @@ def test_vlm_needs_a_token_for_every_rating(vlm_folder, tmp_path):
     content = json.loads((folder / "tokenizer.json").read_text())
     del content["model"]["vocab"]["4"], content["model"]["vocab"]["5"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(RewardError, match="letters has no tokens of their own for the ratings 1 to 5"):
+    with pytest.raises(UserError, match="letters has no tokens of their own for the ratings 1 to 5"):
         load_reward(f"vlm={folder}")
 
 

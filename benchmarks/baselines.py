@@ -22,8 +22,8 @@ def velocities(model, x0, prompts, sigma, noise):
     """A function policy -> velocity [R, G, C, H, W] at the noised x0, and the target that it is compared with."""
     x_t, target = add_noise(x0, noise, sigma.view(-1, 1, 1, 1, 1))
     G = x0.shape[1]
-    text, sigma = [part.repeat_interleave(G, 0) for part in model.encode(prompts)], sigma.repeat_interleave(G)
-    return lambda policy: model.velocity(x_t.flatten(0, 1), sigma, text, policy).view(x0.shape), target
+    prompts, sigma = [prompt for prompt in prompts for _ in range(G)], sigma.repeat_interleave(G)
+    return lambda policy: model.velocity(x_t.flatten(0, 1), sigma, prompts, policy).view(x0.shape), target
 
 
 def mean_squared(difference):

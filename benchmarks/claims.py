@@ -155,7 +155,7 @@ class Run:
         self.spec, self.rows, self.held_out = spec, rows, held_out
         self.train_step, self.config = parse_method(spec, seed, common)
         self.model, self.reward = SD3(load_pipeline(self.config.model, self.config), self.config), load_reward("shapes")
-        self.model.cache_text(["", *(row["prompt"] for row in [*rows, *held_out])])
+        self.model.encode(["", *(row["prompt"] for row in [*rows, *held_out])])
         self.optimizer = torch.optim.AdamW(self.model.lora.weights("current"), lr=self.config.learning_rate,
                                            weight_decay=self.config.weight_decay)
         self.step, self.seconds, self.evaluations, self.counting, self.metrics = 0, 0.0, 0, False, []

@@ -64,11 +64,11 @@ def sde_rollout(model, prompts, noise, steps, policy, config, generator):
 
     Returns (states, list of T+1 [B, C, H, W]; log_probs, dict step -> [B]; list of B PIL images).
     """
-    sigmas, text = ode_sigmas(config.num_inference_steps, config.shift).tolist(), model.encode(prompts)
+    sigmas = ode_sigmas(config.num_inference_steps, config.shift).tolist()
     states, log_probs = [noise.to(model.device)], {}
     for i, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         x = states[-1]
-        v = model.velocity(x, sigma, text, policy, config.guidance_scale)
+        v = model.velocity(x, sigma, prompts, policy, config.guidance_scale)
         if i in steps:
             mean, std = sde_step(x, v, sigma, next_sigma, config.noise_level, sigmas[1])
             states.append(mean + std * torch.randn(x.shape, generator=generator).to(x.device))
@@ -90,7 +90,7 @@ def grpo_update(model, optimizer, states, log_probs, prompts, advantages, config
     """All optimizer steps on one rollout; `advantages`: [B].  Each takes every `updates_per_rollout`-th random step."""
     sigmas, steps = ode_sigmas(config.num_inference_steps, config.shift).tolist(), list(log_probs)
     useful = advantages.nonzero()[:, 0]   # a group without signal costs nothing, as in dgpo.py
-    text, A = model.encode([prompts[i] for i in useful]), advantages[useful]
+    prompts, A = [prompts[i] for i in useful], advantages[useful]
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm"), 0.0)
     updates = min(config.updates_per_rollout, len(steps)) if len(useful) else 0
     for k in range(updates):
@@ -98,7 +98,7 @@ def grpo_update(model, optimizer, states, log_probs, prompts, advantages, config
             x, next_x = states[i][useful], states[i + 1][useful]
 
             def moments(policy, i=i, x=x):
-                v = model.velocity(x, sigmas[i], text, policy)
+                v = model.velocity(x, sigmas[i], prompts, policy)
                 return sde_step(x, v, sigmas[i], sigmas[i + 1], config.noise_level, sigmas[1])
 
             mean, std = moments("current")

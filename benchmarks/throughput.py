@@ -69,7 +69,7 @@ def random_model(preset, config, prompts):
         tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
     model = SD3(pipe, config)
     width, pooled = (preset["transformer"][f"{name}_dim"] for name in ("joint_attention", "pooled_projection"))
-    model.text_cache = {p: [torch.randn(shape, dtype=model.dtype) for shape in ((preset["tokens"], width), (pooled,))]
+    model.texts = {p: [torch.randn(shape, dtype=model.dtype) for shape in ((preset["tokens"], width), (pooled,))]
                         for p in ["", *prompts]}
     return model
 
@@ -88,22 +88,22 @@ def seconds(function, device):
 def bare_rollout(model, prompts, config):
     """The transformer calls of a rollout and nothing else: [B] images in batches, one forward a step."""
     for i in range(0, len(prompts), config.rollout_batch_size):
-        text = model.encode(prompts[i:i + config.rollout_batch_size])
-        x = torch.randn(len(text[0]), *model.latent_shape, device=model.device)
+        batch = prompts[i:i + config.rollout_batch_size]
+        x = torch.randn(len(batch), *model.latent_shape, device=model.device)
         for _ in range(config.num_inference_steps):
             with torch.no_grad():
-                model.velocity(x, 0.5, text, "current", config.guidance_scale)
+                model.velocity(x, 0.5, batch, "current", config.guidance_scale)
 
 
 def bare_update(model, prompts, config):
     """The transformer calls of an update: reference, old policy, and the current one forward and backward."""
     for i in range(0, len(prompts), config.train_batch_size):
-        text = model.encode(prompts[i:i + config.train_batch_size])
-        x = torch.randn(len(text[0]), *model.latent_shape, device=model.device)
+        batch = prompts[i:i + config.train_batch_size]
+        x = torch.randn(len(batch), *model.latent_shape, device=model.device)
         with torch.no_grad():
             for policy in ("base", "old"):
-                model.velocity(x, 0.5, text, policy)
-        model.velocity(x, 0.5, text, "current").sum().backward()
+                model.velocity(x, 0.5, batch, policy)
+        model.velocity(x, 0.5, batch, "current").sum().backward()
     for tensor in model.lora.weights("current"):
         tensor.grad = None
 
@@ -161,7 +161,7 @@ def count_memory(preset, config):
     for block in model.transformer.transformer_blocks:
         block.register_forward_pre_hook(enter_block, with_kwargs=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: keep(saved, t), lambda t: t):
-        v = model.velocity(torch.randn(1, *model.latent_shape), 0.5, model.encode(["prompt"]), "current")
+        v = model.velocity(torch.randn(1, *model.latent_shape), 0.5, ["prompt"], "current")
     whole = sum(saved.values())
     blocks = [after - before for before, after in zip(saved_before, [*saved_before[1:], whole])]
     sizes = {"transformer": sum(p.numel() * p.element_size() for p in model.transformer.parameters()),
