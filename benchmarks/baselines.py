@@ -4,8 +4,9 @@
 
 Every rule has dgpo.accumulate_gradients' arguments: x0 [R, G, C, H, W], R prompts, advantages [R, G], sigma [R], noise
 [R, 1, C, H, W], and adds the gradient of its loss, a mean over R' = total_rows rows, to the LoRA's .grad.  What they
-share with DGPO (ODE rollouts, timesteps, noise shared by a group, KL to the frozen model, AdamW, EMA) is dgpo.py's, so
-that only the rule differs.  The last three are DGPO with one thing changed, for the ablations.
+share with DGPO (ODE rollouts, advantages, timesteps, noise shared by a group, KL to the frozen model, AdamW, EMA) is
+dgpo.py's, so that only the rule differs.  Weights and constants of a rule are those of its authors' code; all rules
+here train without guidance, as there.  The last three are DGPO with one thing changed, for the ablations.
 """
 
 import sys
@@ -15,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.flow_grpo import random_steps, sde_rollout  # noqa: E402
-from dgpo import accumulate_gradients, add_noise, group_advantages, seeded, update  # noqa: E402
+from dgpo import accumulate_gradients, add_noise, group_advantages, seeded, train_step, update  # noqa: E402
 
 
 def velocities(model, x0, prompts, sigma, noise):
@@ -56,20 +57,59 @@ def nft(model, x0, prompts, advantages, sigma, noise, config, total_rows):
         return sigma[:, None] * mean_squared(implicit - target) / size
 
     loss = r * error(v_old + config.beta * (v - v_old)) + (1 - r) * error(v_old - config.beta * (v - v_old))
-    return backward(loss, mean_squared(v - v_base), config, total_rows)
+    # The authors' code has this factor, the paper not.  5 is what advantages are clamped to, so r's 1/10 is undone; and
+    # 1/b undoes the b by which v+- move less than v: near v_old the gradient is A's, whatever b.
+    return backward(5 / config.beta * loss, mean_squared(v - v_base), config, total_rows)
+
+
+def clipped_objective(error, old_error, advantages, clip_range):
+    """PPO's clipped objective with -error as log p, so ratio = exp(old_error - error): [R, G] each -> losses [R, G]."""
+    ratio = torch.exp(old_error - error)
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
 def awm(model, x0, prompts, advantages, sigma, noise, config, total_rows):
     """Advantage Weighted Matching (arXiv 2509.25050): the flow-matching loss as a stand-in for -log p, in PPO's clipped
-    objective with ratio = exp(d_old - d)."""
+    objective.  The paper's plain form, every sigma weighing the same."""
     velocity, target = velocities(model, x0, prompts, sigma, noise)
     with torch.no_grad():
         old_error, v_base = mean_squared(velocity("old") - target), velocity("base")
     v = velocity("current")
-    ratio = torch.exp(old_error - mean_squared(v - target))                                        # [R, G]
-    clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    loss = clipped_objective(mean_squared(v - target), old_error, advantages, config.clip_range)
     return backward(loss, mean_squared(v - v_base), config, total_rows)
+
+
+def generalised_huber(error, sigma, power=0.25):
+    """AWM's weighting "ghuber" of mean squared errors: [R, G], sigma [R] -> [R, G], 0 where the error is 0.
+
+    Its slope, sigma error^(power - 1), makes samples with a small error count for more; the constant keeps it finite.
+    """
+    return sigma[:, None] * ((error + 1e-10) ** power - 1e-10 ** power) / power
+
+
+def awm_released(model, x0, prompts, advantages, sigma, noise, config, total_rows):
+    """AWM as its authors released it (github.com/scxue/advantage_weighted_matching, config/dgx_awm.py): errors in a
+    generalised Huber norm, advantages in +-1, and besides the KL to the frozen model one of weight 1 to a policy that
+    follows the current one closely, here "old" (see `awm_released_step`)."""
+    velocity, target = velocities(model, x0, prompts, sigma, noise)
+    with torch.no_grad():
+        v_old, v_base = velocity("old"), velocity("base")
+    v = velocity("current")
+    error, old_error = (generalised_huber(mean_squared(u - target), sigma) for u in (v, v_old))
+    loss = clipped_objective(error, old_error, advantages / 5, config.clip_range) + mean_squared(v - v_old)
+    return backward(loss, mean_squared(v - v_base), config, total_rows)
+
+
+def awm_released_step(model, optimizer, reward, rows, step, config):
+    """One training step of `awm_released`.  With `old_decay=1` the old policy stands still within a rollout (but for a
+    run's first update, where dgpo.py's ramp starts); then it follows once, with the authors' decay.
+
+    So early on it is the policy that drew the rollout, to which the rollout's second update is held; later 0.3 of what
+    it was before stays in it.  (The authors keep two for this: their ratio is to the policy that drew the rollout.)
+    """
+    metrics = train_step(model, optimizer, reward, rows, step, config, accumulate=awm_released)
+    model.lora.follow("old", min(0.3, 0.001 * (step + 1) * config.updates_per_rollout))
+    return metrics
 
 
 def backward(loss, kl, config, total_rows):

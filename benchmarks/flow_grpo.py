@@ -1,8 +1,8 @@
 """Flow-GRPO (arXiv 2505.05470) on dgpo.py's model, LoRA, prompts, rewards and evaluation: only what differs is here.
 
 What differs: images are drawn with an SDE in place of the ODE, which makes every solver step a Gaussian policy; the
-update raises the probability of the very steps that led to good images.  Its "Fast" form (`sde_window`) lets only a few
-consecutive steps of a trajectory be random, and trains on those.
+update raises the probability of the very steps that led to good images, with the guidance that drew them.  Its "Fast"
+form (`sde_window`) lets only a few consecutive steps of a trajectory be random, and trains on those.
 
     python benchmarks/claims.py --methods dgpo,flow_grpo --budget 10
 
@@ -29,14 +29,20 @@ class Settings(Config):
     sde_window: int = setting(0, "random steps a trajectory, all trained on; 0: all but the last", low=0)
 
 
+def sde_noise(sigma, noise_level, max_sigma):
+    """s = a sqrt(t / (1-t)), the SDE's noise at t = sigma: a number.
+
+    max_sigma: the grid's second value, which takes the place of t = 1 under the fraction, as s is infinite there.
+    """
+    return noise_level * math.sqrt(sigma / (1 - min(sigma, max_sigma)))
+
+
 def sde_step(x, v, sigma, next_sigma, noise_level, max_sigma):
     """Mean [B, ...] and std (number) of one step of the reverse SDE with the ODE's marginals (Flow-GRPO, Eq. 9).
 
-    x_{t+dt} = x + [v + s^2 / (2t) (x + (1-t) v)] dt + s sqrt(|dt|) noise,  s = a sqrt(t / (1-t)),  dt = next_sigma - t.
-    max_sigma: the grid's second value, which takes the place of t = 1 inside s, as s is infinite there.
+    x_{t+dt} = x + [v + s^2 / (2t) (x + (1-t) v)] dt + s sqrt(|dt|) noise,  dt = next_sigma - t,  s of `sde_noise`.
     """
-    dt = next_sigma - sigma
-    s = noise_level * math.sqrt(sigma / (1 - min(sigma, max_sigma)))
+    dt, s = next_sigma - sigma, sde_noise(sigma, noise_level, max_sigma)
     return x + (v + s ** 2 / (2 * sigma) * (x + (1 - sigma) * v)) * dt, s * math.sqrt(-dt)
 
 
@@ -86,31 +92,44 @@ def grpo_loss(log_prob, old_log_prob, advantages, clip_range):
     return loss.mean(), ((loss > -advantages * ratio).float()).mean().item()
 
 
+def accumulate_step(model, x, next_x, sigmas, i, log_prob, prompts, A, config, share):
+    """Add `share` times the gradient of loss + KL of B samples' i-th solver step to the LoRA's .grad.
+
+    x, next_x: [B, C, H, W], the states before and after; log_prob: [B], of the policy that drew them; A: [B].  The KL
+    is that of the authors' code: between Gaussians of std s, though the step's is s sqrt(|dt|).  Returns `share` times
+    the means over samples: dict of floats.
+    """
+    def moments(policy):
+        v = model.velocity(x, sigmas[i], prompts, policy, config.guidance_scale)
+        return sde_step(x, v, sigmas[i], sigmas[i + 1], config.noise_level, sigmas[1])
+
+    mean, std = moments("current")
+    loss, clipped = grpo_loss(gaussian_log_prob(next_x, mean, std), log_prob, A, config.clip_range)
+    kl = loss.new_zeros(())
+    if config.kl_weight:
+        with torch.no_grad():
+            base_mean, _ = moments("base")
+        kl = (mean - base_mean).square().mean() / (2 * sde_noise(sigmas[i], config.noise_level, sigmas[1]) ** 2)
+    (share * (loss + config.kl_weight * kl)).backward()
+    return {"loss": share * loss.item(), "kl": share * kl.item(), "clip_fraction": share * clipped}
+
+
 def grpo_update(model, optimizer, states, log_probs, prompts, advantages, config, step):
-    """All optimizer steps on one rollout; `advantages`: [B].  Each takes every `updates_per_rollout`-th random step."""
-    sigmas, steps = ode_sigmas(config.num_inference_steps, config.shift).tolist(), list(log_probs)
-    useful = advantages.nonzero()[:, 0]   # a group without signal costs nothing, as in dgpo.py
-    prompts, A = [prompts[i] for i in useful], advantages[useful]
+    """All optimizer steps on one rollout; `advantages`: [B].  Returns metrics.
+
+    Each takes its share of the samples, drawn at random, over all random steps of their trajectories.
+    """
+    sigmas = ode_sigmas(config.num_inference_steps, config.shift).tolist()
+    useful = advantages.nonzero()[:, 0].cpu()   # a sample without signal costs nothing, as in dgpo.py
+    shuffled = useful[torch.randperm(len(useful), generator=seeded(config.seed, "update", step))]
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm"), 0.0)
-    updates = min(config.updates_per_rollout, len(steps)) if len(useful) else 0
-    for k in range(updates):
-        for i in steps[k::updates]:
-            x, next_x = states[i][useful], states[i + 1][useful]
-
-            def moments(policy, i=i, x=x):
-                v = model.velocity(x, sigmas[i], prompts, policy)
-                return sde_step(x, v, sigmas[i], sigmas[i + 1], config.noise_level, sigmas[1])
-
-            mean, std = moments("current")
-            loss, clipped = grpo_loss(gaussian_log_prob(next_x, mean, std), log_probs[i][useful], A, config.clip_range)
-            kl = loss.new_zeros(())
-            if config.kl_weight:
-                with torch.no_grad():
-                    base_mean, _ = moments("base")
-                kl = ((mean - base_mean) / std).square().mean() / 2
-            ((loss + config.kl_weight * kl) / len(steps[k::updates])).backward()
-            for name, value in (("loss", loss.item()), ("kl", kl.item()), ("clip_fraction", clipped)):
-                sums[name] += value / len(steps)
+    updates = min(config.updates_per_rollout, len(useful))
+    for k, part in enumerate(shuffled.tensor_split(updates) if updates else ()):
+        for i, log_prob in log_probs.items():
+            terms = accumulate_step(model, states[i][part], states[i + 1][part], sigmas, i, log_prob[part],
+                                    [prompts[b] for b in part], advantages[part], config, 1 / len(log_probs))
+            for name, value in terms.items():
+                sums[name] += value / updates
         sums["gradient_norm"] += optimizer_step(model, optimizer, step * config.updates_per_rollout + k,
                                                 config) / updates
     return sums

@@ -23,8 +23,10 @@ from dgpo import (  # noqa: E402
     accumulate_gradients,
     group_advantages,
     load_pipeline,
+    load_prompts,
     ode_sigmas,
     sample_ode,
+    seeded,
 )
 
 torch.set_num_threads(1)
@@ -62,14 +64,6 @@ def update_inputs(model, groups=2, size=5):
     """Latents [P, G, C, H, W], prompts and advantages [P, G] to train on; any latents will do."""
     x0 = torch.randn(groups, size, *model.latent_shape, generator=seed(10))
     return x0, PROMPTS[:groups], group_advantages(torch.rand(groups, size, generator=seed(11)))
-
-
-def test_the_throughput_benchmark_prints_its_table(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", "throughput.py --preset tiny --device cpu --group-size 3 --repeats 1".split())
-    throughput.main()
-    header, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines())
-    values = dict(zip(header, row, strict=True))
-    assert all(float(values[name]) > 0 for name in ("rollout, images/s", "update, samples/s", "step / bare"))
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.7])
@@ -110,10 +104,11 @@ def test_flow_grpos_loss_stops_exactly_the_samples_that_moved_too_far():
     assert clipped == pytest.approx(2 / 5)
 
 
-@pytest.mark.parametrize("sde_window", [0, 2])
-def test_flow_grpos_update_sees_the_policy_that_drew_the_images(sde_window):
+@pytest.mark.parametrize("sde_window, guidance_scale", [(0, 1.0), (2, 1.0), (2, 3.0)])
+def test_flow_grpos_update_sees_the_policy_that_drew_the_images(sde_window, guidance_scale):
     # So the first ratio is 1: nothing is clipped, and the loss is the mean of -A, whatever the weights.
-    config = flow_grpo.Settings(num_inference_steps=6, sde_window=sde_window, clip_range=1e-4, updates_per_rollout=1)
+    config = flow_grpo.Settings(num_inference_steps=6, sde_window=sde_window, guidance_scale=guidance_scale,
+                                clip_range=1e-4, updates_per_rollout=1)
     model, _ = sd3()
     randomize(model, "current", 0.05, 75)
     noise, advantages = torch.randn(4, *model.latent_shape, generator=seed(76)), torch.tensor([1.0, -0.5, 0.25, 0.75])
@@ -126,35 +121,166 @@ def test_flow_grpos_update_sees_the_policy_that_drew_the_images(sde_window):
     assert metrics["loss"] == pytest.approx(-advantages.mean().item(), abs=1e-4)
 
 
-def gradient_of(rule, model, config, advantages=None, spoil=None):
-    """The LoRA gradient, flat, of an update rule on two rows; `spoil` changes x0 [2, 5, C, H, W] first."""
-    x0, prompts, drawn = update_inputs(model)
-    if spoil is not None:
-        x0 = spoil(x0, drawn)
-    sigma, noise = torch.tensor([0.7, 0.9]), torch.randn(2, 1, *model.latent_shape, generator=seed(79))
-    rule(model, x0, prompts, drawn if advantages is None else advantages, sigma, noise, config, 2)
+def take_gradient(model):
+    """The LoRA's gradient, flat, which is gone afterwards."""
     gradient = torch.cat([t.grad.flatten() for t in model.lora.weights("current")])
     for t in model.lora.weights("current"):
         t.grad = None
     return gradient
 
 
+def assert_same_gradient(gradient, expected):
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("settings", [dict(updates_per_rollout=2),
+                                      dict(updates_per_rollout=1, kl_weight=0.5, guidance_scale=3.0)])
+def test_flow_grpos_updates_are_a_slow_loop_over_their_samples_and_all_random_steps(settings, monkeypatch):
+    config = flow_grpo.Settings(**{"num_inference_steps": 5, "clip_range": 0.05, "kl_weight": 0.0, **settings})
+    model, _ = sd3()
+    randomize(model, "current", 0.05, 85)
+    states = [torch.randn(4, *model.latent_shape, generator=seed(86 + i)) for i in range(6)]
+    sigmas, steps, A = ode_sigmas(5, 3.0).tolist(), [1, 2], torch.tensor([1.0, -0.5, 0.0, 0.75])
+
+    def moments(b, i, policy):
+        x, t, dt = states[i][b:b + 1], sigmas[i], sigmas[i + 1] - sigmas[i]
+        v, empty = (model.velocity(x, t, [prompt], policy) for prompt in (PROMPTS[b], ""))
+        v, s = empty + config.guidance_scale * (v - empty), 0.7 * (t / (1 - t)) ** 0.5
+        return x + (v + s ** 2 / (2 * t) * (x + (1 - t) * v)) * dt, s, s * (-dt) ** 0.5
+
+    def log_prob(b, i):
+        mean, _, std = moments(b, i, "current")
+        return torch.distributions.Normal(mean, std).log_prob(states[i + 1][b:b + 1]).mean()
+
+    # The ratios are 0.9, 1, 1 and 1.1: the last one's gradient is stopped, as its advantage is positive.
+    with torch.no_grad():
+        log_probs = {i: torch.stack([log_prob(b, i) for b in range(4)]) - torch.tensor([0.9, 1, 1, 1.1]).log()
+                     for i in steps}
+    found = []
+    monkeypatch.setattr(flow_grpo, "optimizer_step", lambda model, *_: found.append(take_gradient(model)) or 1.0)
+    metrics = flow_grpo.grpo_update(model, None, states, log_probs, PROMPTS, A, config, step=3)
+    # The third sample, without signal, is left out; an update's samples are drawn by the seed and the step.
+    order = torch.tensor([0, 1, 3])[torch.randperm(3, generator=seeded(config.seed, "update", 3))].tolist()
+    parts = [order] if config.updates_per_rollout == 1 else [order[:2], order[2:]]
+    assert len(found) == len(parts)
+    losses, kls = [], []
+    for part, gradient in zip(parts, found):
+        for b in part:
+            for i in steps:
+                ratio = (log_prob(b, i) - log_probs[i][b]).exp()
+                loss = -min(A[b] * ratio, A[b] * ratio.clamp(0.95, 1.05))
+                with torch.no_grad():
+                    base = moments(b, i, "base")[0]
+                mean, s, _ = moments(b, i, "current")
+                kl = (mean - base).square().mean() / (2 * s ** 2)   # not s^2 |dt|, the step's own variance
+                ((loss + config.kl_weight * kl) / (len(part) * len(steps))).backward()
+                losses.append(loss.item() / (len(part) * len(steps) * len(parts)))
+                kls.append(kl.item() / (len(part) * len(steps) * len(parts)))
+        assert_same_gradient(gradient, take_gradient(model))
+    assert metrics["loss"] == pytest.approx(sum(losses), rel=1e-4)
+    assert metrics["kl"] == pytest.approx(sum(kls) if config.kl_weight else 0, rel=1e-3)
+
+
+def rule_inputs(model):
+    """What an update rule wants, on two rows of five samples: x0, prompts, advantages, sigma, noise."""
+    sigma, noise = torch.tensor([0.7, 0.9]), torch.randn(2, 1, *model.latent_shape, generator=seed(79))
+    return *update_inputs(model), sigma, noise
+
+
+def gradient_of(rule, model, config, advantages=None, spoil=None):
+    """The LoRA gradient, flat, of an update rule on two rows; `spoil` changes x0 [2, 5, C, H, W] first."""
+    x0, prompts, drawn, sigma, noise = rule_inputs(model)
+    if spoil is not None:
+        x0 = spoil(x0, drawn)
+    rule(model, x0, prompts, drawn if advantages is None else advantages, sigma, noise, config, 2)
+    return take_gradient(model)
+
+
+def nft_sample(v, v_old, target, t, A, config):
+    """DiffusionNFT's loss of one sample, from x0 predictions x_t - t v as its paper has them; x_t cancels."""
+    b, r = config.beta, (A / 5 + 1) / 2
+    plus, minus = (1 - b) * v_old + b * v, (1 + b) * v_old - b * v
+    wrong = [t * (u - target) for u in (plus, minus)]
+    fit = [e.square().mean() / e.abs().mean().detach() for e in wrong]
+    return (r * fit[0] + (1 - r) * fit[1]) * 5 / b
+
+
+def awm_sample(v, v_old, target, t, A, config):
+    ratio = ((v_old - target).square().mean() - (v - target).square().mean()).exp()
+    return -min(A * ratio, A * ratio.clamp(1 - config.clip_range, 1 + config.clip_range))
+
+
+def awm_released_sample(v, v_old, target, t, A, config):
+    p, d, d_old = 0.25, (v - target).square().mean(), (v_old - target).square().mean()
+    ratio = (t / p * (d_old ** p - d ** p)).exp()
+    policy = -min(A / 5 * ratio, A / 5 * ratio.clamp(1 - config.clip_range, 1 + config.clip_range))
+    return policy + (v - v_old).square().mean()
+
+
+@pytest.mark.parametrize("rule, sample_loss, settings", [
+    (baselines.nft, nft_sample, dict(beta=0.5)), (baselines.awm, awm_sample, dict(clip_range=0.02)),
+    (baselines.awm_released, awm_released_sample, dict(clip_range=0.02))])
+def test_a_peers_rule_is_a_slow_loop_over_samples_without_guidance(rule, sample_loss, settings):
+    model, config = sd3(kl_weight=0.3, guidance_scale=4.5, **settings)
+    randomize(model, "current", 0.05, 90)
+    randomize(model, "old", 0.05, 91)
+    x0, prompts, A, sigma, noise = rule_inputs(model)
+    sums = rule(model, x0, prompts, A, sigma, noise, config, 3)   # a third row has no signal and is not there
+    gradient, losses, kls = take_gradient(model), [], []
+    for row, group in enumerate(x0):
+        for i, image in enumerate(group):
+            t, target = sigma[row], noise[row, 0] - image
+            x_t = (image + t * target)[None]
+            v, v_old, v_base = (model.velocity(x_t, t, [prompts[row]], policy)[0]
+                                for policy in ("current", "old", "base"))
+            losses.append(sample_loss(v, v_old.detach(), target, t, A[row, i], config))
+            kls.append((v - v_base.detach()).square().mean())
+    ((sum(losses) + 0.3 * sum(kls)) / (3 * 5)).backward()
+    assert_same_gradient(gradient, take_gradient(model))
+    assert sums["loss"] == pytest.approx(sum(losses).item() / 5, rel=1e-3)
+    assert sums["kl"] == pytest.approx(sum(kls).item() / 5, rel=1e-3)
+
+
 def test_at_the_start_advantage_weighted_matching_pushes_where_dgpo_does():
     # There ratio = 1 and sigmoid(S) = 1/2: the gradients are A grad d and A grad d / 2.
     model, config = sd3(kl_weight=0.0)
     dgpo, awm = (gradient_of(rule, model, config) for rule in (accumulate_gradients, baselines.awm))
-    torch.testing.assert_close(awm, 2 * dgpo, rtol=1e-3, atol=1e-3 * awm.abs().max().item())
+    assert_same_gradient(awm, 2 * dgpo)
 
 
-def test_at_the_start_nfts_gradient_is_linear_in_the_advantages_and_needs_no_mixing_weight():
-    # At v = v_old it is 2 b (2 r - 1) (v_old - target), up to the normalisation, with 2 r - 1 = A / 5.
+def test_at_the_start_nfts_gradient_is_linear_in_the_advantages_and_the_same_for_every_mixing_weight():
+    # At v = v_old it is 5/b 2 b (2 r - 1) (v_old - target), up to the normalisation, with 2 r - 1 = A / 5.
     model, config = sd3(kl_weight=0.0, beta=1.0)
     A = update_inputs(model)[2]
     one = gradient_of(baselines.nft, model, config, A)
-    torch.testing.assert_close(gradient_of(baselines.nft, model, config, 2 * A), 2 * one, rtol=1e-3, atol=1e-6)
-    half = dataclasses.replace(config, beta=0.5)
-    torch.testing.assert_close(gradient_of(baselines.nft, model, half, A), one / 2, rtol=1e-3, atol=1e-6)
-    assert gradient_of(baselines.nft, model, config, torch.zeros_like(A)).abs().max() < 1e-6 < one.abs().max()
+    assert_same_gradient(gradient_of(baselines.nft, model, config, 2 * A), 2 * one)
+    assert_same_gradient(gradient_of(baselines.nft, model, dataclasses.replace(config, beta=0.5), A), one)
+    assert gradient_of(baselines.nft, model, config, torch.zeros_like(A)).abs().max() < 1e-5 < one.abs().max()
+
+
+def test_awms_generalised_huber_norm_worked_by_hand():
+    error = torch.tensor([[0.0, 1 / 16, 1.0, 16.0]])
+    by_hand = torch.tensor([[0.0, 1.0, 2.0, 4.0]]) - 2 * 1e-10 ** 0.25 * (error > 0)
+    torch.testing.assert_close(baselines.generalised_huber(error, torch.tensor([0.5])), by_hand, rtol=1e-5, atol=1e-6)
+
+
+def test_the_old_policy_of_the_released_awm_stands_still_within_a_rollout_and_then_follows_once():
+    model, config = sd3(**claims.METHODS["awm_released"][1], groups_per_step=1, group_size=3, num_inference_steps=2)
+    randomize(model, "current", 0.05, 92)
+    randomize(model, "old", 0.05, 93)
+    before = [t.clone() for t in model.lora.weights("old")]
+    rows, seen = [{"prompt": PROMPTS[0]}], []
+
+    def reward(images, prompts, rows):
+        seen.append([t.detach().clone() for t in model.lora.weights("current")])
+        return torch.tensor([0.0, 0.5, 1.0])
+
+    reward.strict = False
+    baselines.awm_released_step(model, adamw(model), reward, rows, 99, config)
+    current = model.lora.weights("current")
+    assert any((now != then).any() for now, then in zip(current, seen[0]))
+    for old, was, now in zip(model.lora.weights("old"), before, current, strict=True):
+        torch.testing.assert_close(old, 0.2 * was + 0.8 * now)   # 0.001 an update, of which 200 have been taken
 
 
 def test_diffusion_dpo_sees_the_best_and_the_worst_of_a_group_alone():
@@ -181,25 +307,54 @@ def test_the_price_of_a_score_lies_between_evaluations():
     assert claims.price(curve, 0.95, "images") == math.inf
 
 
+@pytest.mark.parametrize("method", claims.METHODS)
+def test_every_method_takes_a_step_from_the_base_model(method):
+    tiny = ":groups_per_step=2:group_size=3:num_inference_steps=3:lora_rank=2"
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    run = claims.Run(method + tiny, 0, rows, rows[:1], {})
+    before = [t.detach().clone() for t in run.model.lora.weights("current")]
+    run.advance()
+    assert all(math.isfinite(value) for value in run.metrics[0].values()) and run.evaluations > 0
+    assert any((now != then).any() for now, then in zip(run.model.lora.weights("current"), before))
+
+
+def test_what_is_a_methods_own_is_its_authors_value():
+    settings = {name: claims.parse_method(name, 0, {})[1] for name in claims.METHODS}
+    assert settings["nft"].kl_weight == 1e-4
+    released = settings["awm_released"]
+    assert (released.clip_range, released.timesteps_per_rollout, released.kl_weight) == (1, 6, 0.003)
+    for name in ("flow_grpo", "flow_grpo_fast", "awm_released"):
+        assert settings[name].updates_per_rollout == 2
+    assert (settings["flow_grpo"].kl_weight, settings["flow_grpo"].noise_level) == (0.04, 0.7)
+
+
 @needs("matplotlib")
-def test_the_comparison_measures_every_method_and_draws_and_prints_it(tmp_path, capsys):
-    few = ["--eval-prompts", "6", "--eval-images", "2", "--evaluations", "2", "--output-dir", str(tmp_path)]
-    claims.main(["--budget", "0.05", *few])
+def test_the_comparison_measures_methods_and_draws_and_prints_them(tmp_path, capsys, monkeypatch):
+    few = ["--eval-prompts", "3", "--eval-images", "2", "--evaluations", "2", "--output-dir", str(tmp_path)]
+    small = dict(groups_per_step=2, group_size=3, num_inference_steps=3, timesteps_per_rollout=1, updates_per_rollout=1,
+                 eval_num_inference_steps=2)
+    monkeypatch.setitem(claims.METHODS, "dgpo", (claims.METHODS["dgpo"][0], small))
+    monkeypatch.setattr(claims, "load_prompts", lambda path: load_prompts(path)[:8])
+    flags = "".join(f":{name}={value}" for name, value in small.items())
+    methods = ["dgpo", "flow_grpo" + flags]
+    claims.main(["--budget", "0.01", "--methods", ",".join(methods), *few])
     curves = claims.load_results(tmp_path, "claims")
-    assert list(curves) == claims.PEERS
+    assert list(curves) == methods
     for (curve,) in curves.values():
         assert curve[0]["step"] == 0 and curve[0]["strict"] == curves["dgpo"][0][0]["strict"]
         for before, after in itertools.pairwise(curve):
             assert all(after[name] > before[name] for name in ("step", "seconds", "images", "evaluations"))
-        assert curve[-1]["images"] == 96 * curve[-1]["step"] and curve[-1]["seconds"] >= 3
+        assert curve[-1]["images"] == 6 * curve[-1]["step"] and curve[-1]["seconds"] >= 0.6
         assert set(curve[-1]) >= {"strict", "error", "graded", "distance", "diversity", "categories"}
-    # DGPO: 8 forwards an image in rollouts; then 4 timesteps of reference, old, current and its backward pass.
+    # DGPO: 3 forwards an image in rollouts; then reference, old, current and its backward pass at one timestep.
     steps = curves["dgpo"][0][-1]["step"]
-    assert 96 * 8 * steps < curves["dgpo"][0][-1]["evaluations"] <= (96 * 8 + 96 * 4 * 4) * steps
+    assert 6 * 3 * steps < curves["dgpo"][0][-1]["evaluations"] <= 6 * (3 + 4) * steps
     assert Image.open(tmp_path / "claims.png").width > 1000
-    claims.main(["--budget", "0.01", "--ablation", "noise", *few])
+    variants = ["dgpo:beta=2", "dgpo_own_noise" + flags]
+    monkeypatch.setitem(claims.ABLATIONS, "noise", variants)
+    claims.main(["--budget", "0.001", "--ablation", "noise", *few])
     printed = capsys.readouterr().out
-    assert all(f"| `{name}` | 1 |" in printed for name in [*claims.PEERS, "dgpo_own_noise"])
+    assert all(f"| `{name}` | 1 |" in printed for name in [*methods, *variants])
     with pytest.raises(SystemExit, match="unknown method 'ppo'; known: dgpo, "):
         claims.main(["--methods", "ppo", *few])
 
@@ -210,3 +365,11 @@ def test_every_ablation_differs_from_the_default_in_a_known_setting(spec):
     default = claims.parse_method("dgpo", 0, {})[1]
     assert (config != default) == (":" in spec)
     assert config.groups_per_step * config.group_size == 96
+
+
+def test_the_throughput_benchmark_prints_its_table(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", "throughput.py --preset tiny --device cpu --group-size 3 --repeats 1".split())
+    throughput.main()
+    header, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines())
+    values = dict(zip(header, row, strict=True))
+    assert all(float(values[name]) > 0 for name in ("rollout, images/s", "update, samples/s", "step / bare"))
