@@ -40,8 +40,8 @@ from dgpo import (  # noqa: E402
     summarize,
     train_step,
 )
-from rewards import load_reward, parse_prompt  # noqa: E402
-from shapes.train_base import render  # noqa: E402
+from rewards import load_reward  # noqa: E402
+from shapes.world import parse_prompt, render  # noqa: E402
 
 LEVELS = (0.55, 0.6, 0.7, 0.8, 0.85)   # scores whose price the table gives
 

@@ -26,23 +26,10 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from rewards import (  # noqa: E402
-    CATEGORIES,
-    COUNTS,
-    PALETTE,
-    PREFIXES,
-    RELATIONS,
-    SHAPES,
-    parse_prompt,
-    shape_mask,
-    shapes,
-)
+from shapes.world import CATEGORIES, grammar, parse_prompt, scenes, shapes  # noqa: E402
 
 MAX_TOKENS = 10           # the longest sentence, "a red circle left of a green triangle", with its two end tokens
 MAX_SEQUENCE_LENGTH = 1   # the zero tokens that stand in for the missing T5; the pipeline's default would be 256
-# How often a scene of the category is drawn in pretraining: the hard ones more often.
-CATEGORY_WEIGHT = {"single_object": 0.06, "two_object": 0.18, "counting": 0.22, "colors": 0.08, "position": 0.26,
-                   "color_attr": 0.20}
 # Probability that a picture of the category contradicts its caption in one respect.
 CAPTION_NOISE = {"single_object": 0.0, "two_object": 0.1, "counting": 0.35, "colors": 0.1, "position": 0.5,
                  "color_attr": 0.35}
@@ -51,32 +38,6 @@ RIGHT_SHARE = 0.3   # weight of the model trained on right captions in the avera
 # ------------------------------------------------------------------------------------------------
 # Prompts
 # ------------------------------------------------------------------------------------------------
-
-
-def article(word):
-    return ("an " if word[0] in "aeiou" else "a ") + word
-
-
-def plural(word):
-    return word + ("es" if word.endswith("s") else "s")
-
-
-def grammar():
-    """Every sentence of the grammar, by category: dict of lists of strings."""
-    nouns = [f"{color} {shape}" for color in PALETTE for shape in SHAPES]
-    pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
-    colored = [(a, b) for a in nouns for b in nouns if a.split()[0] != b.split()[0] and a.split()[1] != b.split()[1]]
-    number = [word for word in COUNTS if word not in ("a", "an")]
-    counted = [f"one {noun}" for noun in [*SHAPES, *nouns]]
-    counted += [f"{n} {plural(noun)}" for n in number if n != "one" for noun in [*SHAPES, *nouns]]
-    return {
-        "single_object": [p + article(shape) for p in PREFIXES for shape in SHAPES],
-        "two_object": [f"{p}{article(a)} and {article(b)}" for p in PREFIXES for a, b in pairs],
-        "counting": counted,
-        "colors": [p + article(noun) for p in PREFIXES for noun in nouns],
-        "position": [f"{article(a)} {r} {article(b)}" for r in RELATIONS for a, b in [*pairs, *colored]],
-        "color_attr": [f"{article(a)} and {article(b)}" for a, b in colored],
-    }
 
 
 def write_prompts(folder, train_size=100, heldout_size=24):
@@ -91,86 +52,6 @@ def write_prompts(folder, train_size=100, heldout_size=24):
         # Held-out prompts go round the categories, so that any prefix of the file is a balanced sample.
         lines = zip(*lists) if name == "heldout.txt" else lists
         (folder / name).write_text("".join(line + "\n" for line in itertools.chain(*lines)))
-
-
-# ------------------------------------------------------------------------------------------------
-# Scenes
-# ------------------------------------------------------------------------------------------------
-
-
-def contradict(wanted, rng):
-    """Change a parsed prompt in the one respect that its category is about: the picture of a wrong caption."""
-    objects, relation = list(wanted["objects"]), wanted["relation"]
-    category, (shape, color) = wanted["category"], objects[0]
-    other_color = rng.choice([c for c in PALETTE if all(c != have for _, have in objects)])
-    other_shape = rng.choice([s for s in SHAPES if all(s != have for have, _ in objects)])
-    if category == "single_object":
-        objects = [(other_shape, color)]
-    elif category == "colors":
-        objects = [(shape, other_color)]
-    elif category == "counting":
-        objects = [objects[0]] * rng.choice([n for n in (1, 2, 3, 4) if n != len(objects)])
-    elif category == "two_object":
-        objects = [objects[rng.randrange(2)]] if rng.random() < 0.5 else [objects[0], (other_shape, None)]
-    elif category == "color_attr":
-        (a, ca), (b, cb) = objects
-        objects = [(a, cb), (b, ca)] if rng.random() < 0.5 else [(a, ca), (b, other_color)]
-    else:
-        relation = rng.choice([r for r in RELATIONS if r != relation])
-    return {"category": category, "objects": objects, "relation": relation}
-
-
-def place(wanted, rng, size=32):
-    """Choose positions and radii for a parsed prompt's objects, apart from one another: list of (x, y, radius)."""
-    n = len(wanted["objects"])
-    low, high = {1: (5.0, 8.5), 2: (4.6, 6.5), 3: (4.3, 5.6), 4: (4.3, 5.2)}[n]
-    while True:
-        spots = []
-        for _ in range(n):
-            r = rng.uniform(low, high)
-            spots.append((rng.uniform(r + 2, size - r - 2), rng.uniform(r + 2, size - r - 2), r))
-        apart = all(max(abs(a[0] - b[0]), abs(a[1] - b[1])) > a[2] + b[2] + 2.5
-                    for i, a in enumerate(spots) for b in spots[:i])
-        if apart and wanted["relation"]:
-            (ax, ay, _), (bx, by, _) = spots
-            sx, sy = RELATIONS[wanted["relation"]]
-            apart = (ax - bx) * sx + (ay - by) * sy > abs((ax - bx) * sy) + abs((ay - by) * sx) + 4
-        if apart:
-            return spots
-
-
-def render(wanted, rng, size=32):
-    """Draw a parsed prompt: uint8 RGB [size, size, 3].  Colours that the prompt leaves open are random."""
-    image = np.full((size, size, 3), rng.uniform(228, 250), np.float32) + np.array([rng.uniform(-5, 5) for _ in "rgb"])
-    free = rng.choice(list(PALETTE))   # several objects of one kind share a colour, as in "three squares"
-    for (shape, color), (x, y, radius) in zip(wanted["objects"], place(wanted, rng, size)):
-        if color is None:
-            color = free if wanted["category"] == "counting" else rng.choice(list(PALETTE))
-        tint = np.clip(np.array(PALETTE[color]) + [rng.uniform(-10, 10) for _ in "rgb"], 0, 255)
-        coverage = shape_mask(shape, x, y, radius, size)[..., None]
-        image = image * (1 - coverage) + tint * coverage
-    return image.round().clip(0, 255).astype(np.uint8)
-
-
-def scenes(count, seed, noise=None, exclude=()):
-    """Draw `count` scenes with their captions: (uint8 [count, 32, 32, 3], list of prompts).
-
-    noise: None, or the probability, by category, that the picture contradicts its caption.
-    exclude: prompts never drawn (the held-out ones).
-    """
-    rng, sentences = random.Random(seed), grammar()
-    images, prompts = np.empty((count, 32, 32, 3), np.uint8), []
-    while len(prompts) < count:
-        category = rng.choices(list(CATEGORY_WEIGHT), list(CATEGORY_WEIGHT.values()))[0]
-        prompt = rng.choice(sentences[category])
-        if prompt in exclude:
-            continue
-        wanted = parse_prompt(prompt)
-        if noise and rng.random() < noise[category]:
-            wanted = contradict(wanted, rng)
-        images[len(prompts)] = render(wanted, rng)
-        prompts.append(prompt)
-    return images, prompts
 
 
 # ------------------------------------------------------------------------------------------------
