@@ -1,0 +1,136 @@
+"""What the embedded world promises, one property a test: python -m pytest -q shapes/test_world.py"""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from rewards import connected_components  # noqa: E402
+from shapes.world import (  # noqa: E402
+    CATEGORIES,
+    CATEGORY_WEIGHT,
+    MOST_OBJECTS,
+    PALETTE,
+    SHAPES,
+    contradict,
+    detect_shapes,
+    grammar,
+    parse_prompt,
+    render,
+    scenes,
+    score_detections,
+    shape_mask,
+    shapes,
+)
+
+
+@pytest.mark.parametrize("prompt, category, objects, relation", [
+    ("a star", "single_object", [("star", None)], None),
+    ("a picture of a circle and a cross", "two_object", [("circle", None), ("cross", None)], None),
+    ("three crosses", "counting", [("cross", None)] * 3, None),
+    ("one purple ring", "counting", [("ring", "purple")], None),
+    ("a view of an orange square", "colors", [("square", "orange")], None),
+    ("a star above a ring", "position", [("star", None), ("ring", None)], "above"),
+    ("a red star left of a pink ring", "position", [("star", "red"), ("ring", "pink")], "left of"),
+    ("A black star and a blue ring ", "color_attr", [("star", "black"), ("ring", "blue")], None),
+    ("two stars and four rings", "two_object", [("star", None)] * 2 + [("ring", None)] * 4, None)])
+def test_prompts_are_read_as_the_grammar_says(prompt, category, objects, relation):
+    assert parse_prompt(prompt) == {"category": category, "objects": objects, "relation": relation}
+
+
+@pytest.mark.parametrize("prompt", [
+    "", "a dog", "a red", "five circles", "a star above", "a a star", "a star and a ring and a cross", "two circle",
+    "a circles", "two stars left of a ring", "four stars and three rings", "a star " * 100_000])
+def test_prompts_outside_the_grammar_are_refused(prompt):
+    with pytest.raises(ValueError, match="grammar"):
+        parse_prompt(prompt)
+
+
+def test_every_sentence_is_read_in_its_category_and_can_be_drawn_and_contradicted():
+    rng = random.Random(20)
+    assert list(grammar()) == list(CATEGORIES) == list(CATEGORY_WEIGHT)
+    for category, sentences in grammar().items():
+        assert len(set(sentences)) == len(sentences)
+        assert {parse_prompt(sentence)["category"] for sentence in sentences} == {category}
+        for sentence in rng.sample(sentences, 20):
+            wanted = parse_prompt(sentence)
+            other = contradict(wanted, rng)
+            assert other != wanted and other["category"] == category and 1 <= len(other["objects"]) <= MOST_OBJECTS
+            for scene in (wanted, other):
+                picture = render(scene, rng)
+                assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+
+
+def test_prompt_files_are_disjoint_and_have_every_category():
+    train, heldout = ((HERE / name).read_text().splitlines() for name in ("prompts.txt", "heldout.txt"))
+    assert not set(train) & set(heldout)
+    for prompts in (train, heldout):
+        assert len(set(prompts)) == len(prompts)
+        assert {parse_prompt(prompt)["category"] for prompt in prompts} == set(CATEGORIES)
+
+
+def test_scenes_are_the_same_for_a_seed_and_leave_out_what_they_should():
+    exclude = set(grammar()["single_object"][::2])
+    images, prompts = scenes(100, seed=21, exclude=exclude)
+    again, _ = scenes(100, seed=21, exclude=exclude)
+    assert np.array_equal(images, again) and len(prompts) == 100 and not set(prompts) & exclude
+    assert not np.array_equal(images, scenes(100, seed=22, exclude=exclude)[0])
+
+
+def test_connected_components_are_the_regions_that_touch_even_at_corners():
+    masks = np.random.default_rng(26).random((20, 24, 31)) < 0.45
+    for mask, labels in zip(masks, connected_components(torch.from_numpy(masks))):
+        expected, count = np.zeros(mask.shape, int), 0   # by flooding from each pixel not yet reached
+        for start in zip(*np.nonzero(mask)):
+            stack, count = [start], count + (expected[start] == 0)
+            while stack:
+                y, x = stack.pop()
+                if 0 <= y < 24 and 0 <= x < 31 and mask[y, x] and not expected[y, x]:
+                    expected[y, x] = count
+                    stack += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        pairs = set(zip(expected.flatten().tolist(), labels.flatten().tolist()))
+        assert (0, 0) in pairs and len(pairs) == count + 1 == len(labels.unique())
+
+
+def test_verifier_accepts_right_pictures_and_refuses_wrong_ones_in_every_category():
+    for noise, wanted in ((None, 1.0), (dict.fromkeys(CATEGORIES, 1.0), 0.0)):
+        images, prompts = scenes(1000, seed=22, noise=noise)
+        right = (shapes([Image.fromarray(image) for image in images], prompts, None) == 1).float()
+        for category in CATEGORIES:
+            rows = [i for i, prompt in enumerate(prompts) if parse_prompt(prompt)["category"] == category]
+            assert len(rows) > 40
+            assert (right[rows] == wanted).float().mean() >= 0.98, (category, wanted)
+
+
+def test_verifier_scores_a_batch_as_it_scores_each_picture_alone():
+    images, prompts = scenes(60, seed=23, noise=dict.fromkeys(CATEGORIES, 0.5))
+    images[::2] = 255 - images[::2]   # dark and light backgrounds side by side: nothing may be shared over the batch
+    images = [Image.fromarray(image) for image in images]
+    alone = [shapes([image], [prompt], None) for image, prompt in zip(images, prompts)]
+    assert torch.equal(shapes(images, prompts, None), torch.cat(alone))
+
+
+def test_verifier_finds_every_shape_in_every_colour_where_it_is_and_nothing_in_nothing():
+    places = [(shape, color) for shape in SHAPES for color in PALETTE]
+    images = np.full((len(places) + 1, 32, 32, 3), 240.0)
+    for image, (shape, color) in zip(images, places):
+        coverage = shape_mask(shape, 12.0, 19.0, 6.5)[..., None]
+        image[:] = image * (1 - coverage) + np.array(PALETTE[color]) * coverage
+    *found, nothing = detect_shapes(images.astype(np.uint8))
+    assert [(each[0][:2], len(each)) for each in found] == [(pair, 1) for pair in places] and nothing == []
+    assert all(abs(x - 12) < 1.5 and abs(y - 19) < 1.5 for ((_, _, x, y),) in found)
+
+
+def test_verifier_grades_a_half_right_picture_by_hand():
+    found = [("circle", "red", 8.0, 20.0), ("star", "blue", 24.0, 21.0)]
+    for prompt, score in (("a red circle and a blue star", 1), ("a circle left of a star", 1), ("a ring", 0),
+                          ("a red circle and a pink star", (0.75 + 1) / 2),            # one colour in four marks
+                          ("a circle", (1 + 0) / 2),                                   # one object too many
+                          ("four circles", (1 / 4 + 1 / 2) / 2), ("a circle right of a star", (1 + 1 + 0) / 3)):
+        assert score_detections(parse_prompt(prompt), found) == pytest.approx(score)
