@@ -67,7 +67,7 @@ PEERS = ["dgpo", "flow_grpo", "flow_grpo_fast", "flow_grpo:sde_window=4", "flow_
          "diffusion_dpo", "nft", "awm", "awm_released"]
 ABLATIONS = {
     "rollouts": ["dgpo", "dgpo:solver=euler", "dgpo_sde_rollouts"],
-    "rollout_steps": ["dgpo:num_inference_steps=4", "dgpo:num_inference_steps=6", "dgpo",
+    "rollout_steps": ["dgpo:num_inference_steps=4", "dgpo", "dgpo:num_inference_steps=8",
                       "dgpo:num_inference_steps=12"],
     "t_min": ["dgpo:t_min=0", "dgpo:t_min=0.1", "dgpo", "dgpo:t_min=0.4", "dgpo:t_min=0.6"],
     "noise": ["dgpo", "dgpo_own_noise"],
@@ -79,7 +79,7 @@ ABLATIONS = {
     "beta": ["dgpo:beta=1", "dgpo", "dgpo:beta=100", "dgpo:beta=1000"],
     "clip": ["dgpo", "dgpo:clip_range=0"],
     "kl": ["dgpo", "dgpo:kl_weight=0"],
-    "reference": ["dgpo", "dgpo:reference_decay=0.99"],
+    "reference": ["dgpo", "dgpo:reference=old"],
     "timesteps": ["dgpo:timesteps_per_rollout=1:updates_per_rollout=1",
                   "dgpo:timesteps_per_rollout=2:updates_per_rollout=2", "dgpo", "dgpo:updates_per_rollout=1",
                   "dgpo:timesteps_per_rollout=8:updates_per_rollout=8"],

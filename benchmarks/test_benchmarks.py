@@ -149,16 +149,15 @@ def test_flow_grpos_updates_are_a_slow_loop_over_their_samples_and_all_random_st
         x, t, dt = states[i][b:b + 1], sigmas[i], sigmas[i + 1] - sigmas[i]
         v, empty = (model.velocity(x, t, [prompt], policy) for prompt in (PROMPTS[b], ""))
         v, s = empty + config.guidance_scale * (v - empty), 0.7 * (t / (1 - t)) ** 0.5
-        return x + (v + s ** 2 / (2 * t) * (x + (1 - t) * v)) * dt, s, s * (-dt) ** 0.5
+        return x + (v + s ** 2 / (2 * t) * (x + (1 - t) * v)) * dt, s * (-dt) ** 0.5, s
 
-    def log_prob(b, i):
-        mean, _, std = moments(b, i, "current")
+    def log_prob(b, i, mean, std):
         return torch.distributions.Normal(mean, std).log_prob(states[i + 1][b:b + 1]).mean()
 
     # The ratios are 0.9, 1, 1 and 1.1: the last one's gradient is stopped, as its advantage is positive.
     with torch.no_grad():
-        log_probs = {i: torch.stack([log_prob(b, i) for b in range(4)]) - torch.tensor([0.9, 1, 1, 1.1]).log()
-                     for i in steps}
+        log_probs = {i: torch.stack([log_prob(b, i, *moments(b, i, "current")[:2]) for b in range(4)])
+                     - torch.tensor([0.9, 1, 1, 1.1]).log() for i in steps}
     found = []
     monkeypatch.setattr(flow_grpo, "optimizer_step", lambda model, *_: found.append(take_gradient(model)) or 1.0)
     metrics = flow_grpo.grpo_update(model, None, states, log_probs, PROMPTS, A, config, step=3)
@@ -170,11 +169,11 @@ def test_flow_grpos_updates_are_a_slow_loop_over_their_samples_and_all_random_st
     for part, gradient in zip(parts, found):
         for b in part:
             for i in steps:
-                ratio = (log_prob(b, i) - log_probs[i][b]).exp()
+                mean, std, s = moments(b, i, "current")
+                ratio = (log_prob(b, i, mean, std) - log_probs[i][b]).exp()
                 loss = -min(A[b] * ratio, A[b] * ratio.clamp(0.95, 1.05))
                 with torch.no_grad():
                     base = moments(b, i, "base")[0]
-                mean, s, _ = moments(b, i, "current")
                 kl = (mean - base).square().mean() / (2 * s ** 2)   # not s^2 |dt|, the step's own variance
                 ((loss + config.kl_weight * kl) / (len(part) * len(steps))).backward()
                 losses.append(loss.item() / (len(part) * len(steps) * len(parts)))

@@ -26,7 +26,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dgpo import EMBEDDED_MODEL, PAPER, SD3, Config, group_advantages, rollout, update  # noqa: E402
 
-# `tokens`: text tokens a prompt, 77 of CLIP and 256 of T5; `settings`: those of dgpo.py.
+# `tokens`: text tokens a prompt, 77 of CLIP and those of T5; `settings`: those of dgpo.py.
 PRESETS = {
     "sd3.5-medium": {
         "transformer": dict(
@@ -37,7 +37,7 @@ PRESETS = {
             block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=16, layers_per_block=2, norm_num_groups=32,
             scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        "tokens": 77 + 256,
+        "tokens": 77 + PAPER["max_sequence_length"],
         "settings": PAPER},
     "tiny": {
         "transformer": dict(
