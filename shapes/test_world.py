@@ -76,7 +76,7 @@ def test_prompt_files_are_disjoint_and_have_every_category():
 
 
 def test_scenes_are_the_same_for_a_seed_and_leave_out_what_they_should():
-    exclude = set(grammar()["single_object"][::2])
+    exclude = set(grammar()["position"][::2])
     images, prompts = scenes(100, seed=21, exclude=exclude)
     again, _ = scenes(100, seed=21, exclude=exclude)
     assert np.array_equal(images, again) and len(prompts) == 100 and not set(prompts) & exclude
@@ -116,13 +116,16 @@ def test_verifier_scores_a_batch_as_it_scores_each_picture_alone():
     assert torch.equal(shapes(images, prompts, None), torch.cat(alone))
 
 
-def test_verifier_finds_every_shape_in_every_colour_where_it_is_and_nothing_in_nothing():
+def test_verifier_finds_every_shape_in_every_colour_where_it_is_and_no_name_for_anything_else():
     places = [(shape, color) for shape in SHAPES for color in PALETTE]
-    images = np.full((len(places) + 1, 32, 32, 3), 240.0)
+    images = np.full((len(places) + 3, 32, 32, 3), 240.0)
     for image, (shape, color) in zip(images, places):
         coverage = shape_mask(shape, 12.0, 19.0, 6.5)[..., None]
         image[:] = image * (1 - coverage) + np.array(PALETTE[color]) * coverage
-    *found, nothing = detect_shapes(images.astype(np.uint8))
+    images[-1, 14:17, 4:28] = PALETTE["red"]   # a bar; a grey square; and one picture of nothing
+    images[-2, 10:20, 10:20] = 128
+    *found, nothing, (square,), (bar,) = detect_shapes(images.astype(np.uint8))
+    assert square[:2] == ("square", None) and bar[:2] == (None, "red")
     assert [(each[0][:2], len(each)) for each in found] == [(pair, 1) for pair in places] and nothing == []
     assert all(abs(x - 12) < 1.5 and abs(y - 19) < 1.5 for ((_, _, x, y),) in found)
 
