@@ -31,10 +31,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import baselines, flow_grpo  # noqa: E402
 from dgpo import (  # noqa: E402
     EMBEDDED_MODEL,
-    SD3,
     UserError,
     evaluate,
-    load_pipeline,
+    load_model,
     load_prompts,
     rows_of_step,
     summarize,
@@ -158,7 +157,7 @@ class Run:
     def __init__(self, spec, seed, rows, held_out, common):
         self.spec, self.rows, self.held_out = spec, rows, held_out
         self.train_step, self.config = parse_method(spec, seed, common)
-        self.model, self.reward = SD3(load_pipeline(self.config.model, self.config), self.config), load_reward("shapes")
+        self.model, self.reward = load_model(self.config), load_reward("shapes")
         self.model.encode(["", *(row["prompt"] for row in [*rows, *held_out])])
         self.optimizer = torch.optim.AdamW(self.model.lora.weights("current"), lr=self.config.learning_rate,
                                            weight_decay=self.config.weight_decay)

@@ -56,7 +56,7 @@ def measured_run(arguments):
 
     step, dgpo.train_step = dgpo.train_step, train_step
     dist.all_reduce, dist.all_gather_object = timed(dist.all_reduce, True), timed(dist.all_gather_object, False)
-    return dgpo.main(arguments)
+    dgpo.leave(dgpo.main(arguments))
 
 
 def main():
@@ -92,4 +92,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(measured_run(sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main())
+    measured_run(sys.argv[2:]) if sys.argv[1:2] == ["--child"] else main()

@@ -21,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import baselines, claims, flow_grpo, throughput  # noqa: E402
 from dgpo import (  # noqa: E402
     EMBEDDED_MODEL,
-    SD3,
     Config,
     accumulate_gradients,
     group_advantages,
-    load_pipeline,
+    load_model,
     load_prompts,
     ode_sigmas,
     sample_ode,
@@ -43,7 +42,7 @@ def seed(number):
 def sd3(**settings):
     """The embedded model, freshly loaded, and the settings it was loaded with."""
     config = Config(**{"model": str(EMBEDDED_MODEL), "device": "cpu", "lora_rank": 4, **settings})
-    return SD3(load_pipeline(config.model, config), config), config
+    return load_model(config), config
 
 
 def randomize(model, policy, scale, number):
