@@ -1,0 +1,130 @@
+"""Any flow-matching text-to-image pipeline of diffusers in the place of dgpo.SD3: its own __call__ is its velocity."""
+
+import inspect
+import itertools
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from adapters.refusals import try_out
+from dgpo import LoRA, shift_time
+from rewards import blame
+
+
+class AnyPipeline:
+    """Four methods of the pipeline and its scheduler become ours, for good: encode_prompt gives a remembered text,
+    prepare_latents our x, set_timesteps our noise level, and step keeps what it is given: the velocity, guided.
+    """
+    lora_targets = ("to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,to_qkv_mlp_proj,attn.to_out,"
+                    "to_query,to_key,to_value,out_layer,img_qkv_proj,txt_kv_proj")   # attention in all the families
+
+    def __init__(self, pipe, config):
+        """Take a pipeline: the model goes to the device and is tried once.  Raises UserError where it does not fit."""
+        self.pipe, self.config, self.device, self.texts = pipe, config, torch.device(config.device), {}
+        with blame(f"--model: {type(pipe).__name__} does not fit"):
+            parts = nn.ModuleList(part for part in pipe.components.values() if isinstance(part, nn.Module))
+            parts.requires_grad_(False).eval()
+            self.transformer, self.vae = pipe.transformer.to(self.device), pipe.vae.to(self.device, torch.float32)
+            self.encoders = nn.ModuleList(part for part in parts if part not in (self.transformer, self.vae))
+            linear = ["." + name for name, part in self.transformer.named_modules() if isinstance(part, nn.Linear)]
+            known = [t for t in self.lora_targets.split(",") if any(name.endswith("." + t) for name in linear)]
+            targets = [t.strip() for t in config.lora_targets.split(",") if t] or known or [self.lora_targets]
+            self.lora = LoRA(self.transformer, config.lora_rank, 2 * config.lora_rank, targets, config.seed)
+            if config.gradient_checkpointing:
+                self.transformer.enable_gradient_checkpointing()
+            lists = [part for part in self.transformer.children() if isinstance(part, nn.ModuleList)]
+            for block in itertools.chain(*lists) if config.compile else ():
+                block.compile(dynamic=True)
+            # Guidance is an input of some models; for the others 1 switches it off, or 0: the pipeline knows which.
+            self.takes, pipe._guidance_scale = inspect.signature(type(pipe).__call__).parameters, 1.0
+            self.no_guidance = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
+            self.take_over(pipe, pipe.scheduler, pipe.scheduler.config)
+            self.latent_shape = try_out(self)
+
+    def take_over(self, pipe, scheduler, config):
+        """Put our four methods in the place of the pipeline's and its scheduler's."""
+        pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"_execution_device": self.device})   # no encoder's
+        pipe.set_progress_bar_config(disable=True)
+        encode, prepare, set_timesteps = pipe.encode_prompt, pipe.prepare_latents, scheduler.set_timesteps
+
+        def expand(part):   # one image's [1, L, D], or [layers, 1, L, D]; text_ids [L, 3] serve them all
+            part = part.to(self.device)
+            return part.repeat_interleave(self.count, part.shape.index(1)) if 1 in part.shape[:2] else part
+
+        def give_text(*args, **kwargs):
+            turn = next(self.turns)   # some pipelines ask twice, the second time for the empty prompt's
+            if turn == len(self.text):
+                self.text.append(tree_map_only(torch.Tensor, torch.Tensor.cpu, encode(*args, **kwargs)))
+            return tree_map_only(torch.Tensor, expand, self.text[turn])
+
+        def give_x(*args, **kwargs):
+            own = prepare(*args, **kwargs)
+            self.noise, *others = own if isinstance(own, tuple) else (own,)
+            x = self.noise if self.x is None else self.x.to(torch.float32 if self.sigma is None else self.noise.dtype)
+            return (x, *others) if others else x
+
+        def give_sigma(*args, **kwargs):
+            set_timesteps(*args, **kwargs)   # the pipeline's own schedule, from which we read
+            own, steps = scheduler.timesteps, config.num_train_timesteps
+            self.shift = config.get("flow_shift", config.get("shift", 1.0))
+            if config.get("use_dynamic_shifting"):
+                self.shift = kwargs["mu"] if config.get("time_shift_type") == "linear" else torch.e ** kwargs["mu"]
+            # CogView4's timesteps are not its sigmas but the times before their shift.
+            early = (own.cpu() - steps * scheduler.sigmas[:len(own)].cpu()).abs().max() > 1
+            sigmas = [] if self.sigma is None else [self.sigma]   # without any, the pipeline takes no step
+            times = [steps * (shift_time(sigma, 1 / self.shift) if early else sigma) for sigma in sigmas]
+            scheduler.sigmas, scheduler.timesteps = torch.tensor([*sigmas, 0.0]), torch.tensor(times).to(own)
+
+        def keep_velocity(velocity, timestep, sample, *args, **kwargs):
+            self.kept = velocity.float()
+            return SchedulerOutput(prev_sample=sample)
+
+        give_sigma.__signature__ = inspect.signature(set_timesteps)   # pipelines look at it
+        pipe.encode_prompt, pipe.prepare_latents = give_text, give_x
+        scheduler.set_timesteps, scheduler.step = give_sigma, keep_velocity
+
+    def run(self, prompt, guided=False, guidance_scale=1.0, x=None, sigma=None, output_type="latent"):
+        """The pipeline's own __call__ without its no_grad: the velocity at x and sigma; without sigma, the pictures."""
+        self.text, self.turns = self.texts[prompt].setdefault(guided, []), itertools.count()
+        self.x, self.sigma, self.count, side = x, sigma, 1 if x is None else len(x), self.config.resolution or None
+        scale = guidance_scale if guidance_scale > 1 else self.no_guidance
+        arguments = {
+            "prompt": prompt, "negative_prompt": "" if guided else None, "height": side, "width": side, "num_frames": 1,
+            "guidance_scale": scale, "true_cfg_scale": scale, "distilled_guidance_scale": scale,
+            "num_images_per_prompt": self.count, "num_videos_per_prompt": self.count, "use_resolution_binning": False,
+            "num_inference_steps": self.config.num_inference_steps, "generator": torch.Generator(self.device),
+            "max_sequence_length": self.config.max_sequence_length or None, "output_type": output_type}
+        arguments = {key: value for key, value in arguments.items() if key in self.takes and value is not None}
+        drawn = inspect.unwrap(type(self.pipe).__call__)(self.pipe, **arguments)[0]
+        return drawn if sigma is None else self.kept
+
+    @torch.no_grad()
+    def encode(self, prompts, guided=False):
+        """Encode the prompts that are not remembered yet, keep them in main memory, and forget all others."""
+        self.texts = {prompt: self.texts.get(prompt, {}) for prompt in prompts}
+        missing = [prompt for prompt, forms in self.texts.items() if guided not in forms]
+        if missing:
+            self.encoders.to(self.device)
+            for prompt in missing:
+                self.run(prompt, guided, 1.0 + guided)
+            self.encoders.to("cpu")
+
+    def velocity(self, x, sigma, prompts, policy, guidance_scale=1.0):
+        """The policy's velocity at x [B, ...] for B prompts, float32 like x; sigma: a number, 0-d, or [B]."""
+        self.lora.select(policy)
+        guided = guidance_scale > 1 and not self.transformer.config.get("guidance_embeds")
+        self.encode([*self.texts, *prompts], guided)
+        sigmas = torch.as_tensor(sigma, dtype=torch.float32).expand(len(x)).tolist()
+        # One prompt and sigma a call: texts padded to one length would change some families' results.
+        runs = [(*key, len(list(run))) for key, run in itertools.groupby(zip(prompts, sigmas, strict=True))]
+        return torch.cat([self.run(prompt, guided, guidance_scale, part, level) for (prompt, level, _), part
+                          in zip(runs, x.split([count for *_, count in runs]))])
+
+    @torch.no_grad()
+    def decode(self, x0):
+        """Latents [B, ...] -> list of B PIL images."""
+        parts = x0.split(max(1, 2 ** 21 // (self.config.resolution or 1024) ** 2))
+        drawn = [image for part in parts for image in self.run(next(iter(self.texts)), x=part, output_type="pil")]
+        return [frame for image in drawn for frame in (image if isinstance(image, list) else [image])]

@@ -1,0 +1,540 @@
+"""What the adapter promises for every family of diffusers' flow-matching pipelines, on tiny random ones.
+
+    python -m pytest -q adapters/test_any_pipeline.py   # about a minute and a half on one CPU core; needs peft as well
+"""
+
+import dataclasses
+import functools
+import inspect
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from adapters.any_pipeline import AnyPipeline  # noqa: E402
+from dgpo import SD3, Config, ode_sigmas, sample_ode, shift_time  # noqa: E402
+from rewards import UserError  # noqa: E402
+
+torch.set_num_threads(1)
+diffusers.utils.logging.set_verbosity_error()
+transformers.logging.set_verbosity_error()
+
+MODEL = Path(__file__).resolve().parent.parent / "shapes/model"
+PROMPTS = ["a red circle", "three squares and a star", "Ring?"]
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+# ------------------------------------------------------------------------------------------------
+# TINY PIPELINES: every part of the real ones, text encoders and tokenizers too, with random weights
+# ------------------------------------------------------------------------------------------------
+
+
+def letters():
+    """A tokenizer of single characters with a chat template."""
+    special = ["<pad>", "<eos>", "<user>", "<assistant>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *map(chr, range(32, 127)), "\n"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+                                                additional_special_tokens=special[2:], model_max_length=40)
+    fast.chat_template = "{% for m in messages %}<user>{{ m.content }}{% endfor %}<assistant>"
+    return fast
+
+
+def clip(name="CLIPTextModelWithProjection"):
+    return getattr(transformers, name)(transformers.CLIPTextConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=40, projection_dim=16, bos_token_id=0, eos_token_id=1, pad_token_id=0))
+
+
+def t5(name="T5", width=16):
+    config = getattr(transformers, name + "Config")(vocab_size=100, d_model=width, d_kv=8, d_ff=16, num_layers=1,
+                                                    num_heads=2)
+    return getattr(transformers, name + "EncoderModel")(config)
+
+
+def language_model(name, layers=2, **settings):
+    config = getattr(transformers, name.removesuffix("ForCausalLM").removesuffix("Model") + "Config")
+    return getattr(transformers, name)(config(
+        vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=0, bos_token_id=None, eos_token_id=1, **settings))
+
+
+def qwen_vl():
+    text = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": 1,
+            "pad_token_id": 0, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+              "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [0]}
+    return transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=5, video_token_id=6, vision_start_token_id=3,
+        vision_end_token_id=4))
+
+
+def vae(name="AutoencoderKL", **settings):
+    if name in ("AutoencoderKLQwenImage", "AutoencoderKLWan"):
+        settings = dict(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_std=[1.0, 2.0, 0.5, 1.5],
+                        temperal_downsample=[False, True, True], latents_mean=[0.1, -0.1, 0.2, 0.0])
+    elif name == "AutoencoderDC":
+        settings = dict(latent_channels=4, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+                        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), attention_head_dim=4,
+                        encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()), scaling_factor=0.5)
+    else:
+        settings = dict(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1,
+                        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4, **settings)
+        if name == "AutoencoderKL":
+            settings = dict(scaling_factor=1.5, shift_factor=0.1) | settings
+    return getattr(diffusers, name)(**settings)
+
+
+def model(name, **settings):
+    """A transformer; most families name its size alike, and what one lacks is left out."""
+    known = dict(num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+                 axes_dims_rope=(2, 2, 4))
+    transformer = getattr(diffusers, name)
+    takes = inspect.signature(transformer.__init__).parameters
+    return transformer(**{key: value for key, value in known.items() if key in takes} | settings)
+
+
+def pipeline(name, transformer, scheduler, encoders, **settings):
+    """A pipeline with one tokenizer for each text encoder, numbered as diffusers does."""
+    parts = {"transformer": transformer, "scheduler": scheduler, "vae": settings.pop("vae", None) or vae(), **settings}
+    for number, encoder in enumerate(encoders, 1):
+        ending = f"_{number}" if number > 1 else ""
+        parts |= {"text_encoder" + ending: encoder, "tokenizer" + ending: letters()}
+    return getattr(diffusers, name)(**parts)
+
+
+def euler(shift=3.0, **settings):
+    return FlowMatchEulerDiscreteScheduler(shift=shift, **settings)
+
+
+def dynamic(**settings):
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, **settings)
+
+
+def flow_solver(name):
+    """Of order one, these solvers are Euler's; their timesteps are whole numbers."""
+    corrector = {"disable_corrector": list(range(20))} if name == "UniPCMultistepScheduler" else {}
+    return getattr(diffusers, name)(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0,
+                                    solver_order=1, **corrector)
+
+
+def flux(guidance_embeds=True):
+    return pipeline("FluxPipeline", model("FluxTransformer2DModel", in_channels=16, pooled_projection_dim=16,
+                                          guidance_embeds=guidance_embeds), dynamic(), [clip("CLIPTextModel"), t5()])
+
+
+def sana(scheduler):
+    return pipeline("SanaPipeline", model(
+        "SanaTransformer2DModel", in_channels=4, out_channels=4, num_cross_attention_heads=2, sample_size=8,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16), scheduler,
+        [language_model("Gemma2Model", query_pre_attn_scalar=8)], vae=vae("AutoencoderDC"))
+
+
+def wan(scheduler, **settings):
+    return pipeline("WanPipeline", model(
+        "WanTransformer3DModel", attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16, freq_dim=16,
+        ffn_dim=16, rope_max_seq_len=32), scheduler, [t5("UMT5")], vae=vae("AutoencoderKLWan"), **settings)
+
+
+def sd3():
+    return pipeline("StableDiffusion3Pipeline", model(
+        "SD3Transformer2DModel", sample_size=8, patch_size=2, in_channels=4, num_layers=2, joint_attention_dim=32,
+        caption_projection_dim=16, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=16, qk_norm="rms_norm",
+        dual_attention_layers=(0,)), euler(), [clip(), clip(), t5(width=32)])
+
+
+@dataclasses.dataclass
+class Family:
+    """How to build a tiny pipeline, and what is known of the family: its resolution here, its names and its grid."""
+
+    build: callable
+    scale: str = "guidance_scale"   # what its __call__ takes guidance as
+    off: float = 1.0                # the value that switches guidance off
+    grid: str = "1/n"               # where its steps end before the shift: at 1/n, at 1/1000, elsewhere ("")
+    resolution: int = 16
+
+
+FAMILIES = {
+    "SD3": Family(sd3, grid="1/1000"),
+    "FLUX.1": Family(flux),
+    "FLUX.1, true guidance": Family(functools.partial(flux, False), scale="true_cfg_scale"),
+    "Flux2 Klein": Family(lambda: pipeline("Flux2KleinPipeline", model(
+        "Flux2Transformer2DModel", in_channels=16, joint_attention_dim=48, timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False), dynamic(), [language_model("Qwen3ForCausalLM", layers=28)],
+        vae=vae("AutoencoderKLFlux2", sample_size=16))),
+    "Qwen-Image": Family(lambda: pipeline("QwenImagePipeline", model(
+        "QwenImageTransformer2DModel", in_channels=16, out_channels=4), dynamic(shift_terminal=0.02), [qwen_vl()],
+        vae=vae("AutoencoderKLQwenImage")), scale="true_cfg_scale", grid="", resolution=32),
+    "Z-Image": Family(lambda: pipeline("ZImagePipeline", model(
+        "ZImageTransformer2DModel", in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=16, axes_dims=[2, 2, 4], axes_lens=[256, 32, 32]), euler(), [language_model("Qwen3Model")]),
+        off=0.0, grid=""),
+    "Sana": Family(lambda: sana(euler()), grid="1/1000", resolution=32),
+    "Sana, DPM-Solver++": Family(lambda: sana(flow_solver("DPMSolverMultistepScheduler")), grid="", resolution=32),
+    "Lumina2": Family(lambda: pipeline("Lumina2Pipeline", model(
+        "Lumina2Transformer2DModel", sample_size=8, in_channels=4, hidden_size=16, num_refiner_layers=1, num_kv_heads=1,
+        multiple_of=16, axes_dim_rope=(4, 2, 2), axes_lens=(300, 32, 32), cap_feat_dim=16), euler(6.0),
+        [language_model("Gemma2Model", query_pre_attn_scalar=8)]), resolution=32),
+    "AuraFlow": Family(lambda: pipeline("AuraFlowPipeline", model(
+        "AuraFlowTransformer2DModel", sample_size=8, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        caption_projection_dim=16, pos_embed_max_size=64), euler(1.73), [t5("UMT5")], vae=vae(shift_factor=None)),
+        grid="1/1000"),
+    "Chroma": Family(lambda: pipeline("ChromaPipeline", model(
+        "ChromaTransformer2DModel", in_channels=16, approximator_num_channels=8, approximator_hidden_dim=16,
+        approximator_layers=1), dynamic(), [t5()])),
+    "CogView4": Family(lambda: pipeline("CogView4Pipeline", model(
+        "CogView4Transformer2DModel", in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=16,
+        condition_dim=8, pos_embed_max_size=16, sample_size=8, rope_axes_dim=(16, 16)),
+        dynamic(time_shift_type="linear"), [language_model("GlmModel")]), grid=""),
+    "Wan": Family(lambda: wan(euler()), grid="1/1000", resolution=32),
+    "Wan, UniPC": Family(lambda: wan(flow_solver("UniPCMultistepScheduler")), grid="", resolution=32),
+    # Not thought of when the adapter was written:
+    "Ovis-Image": Family(lambda: pipeline("OvisImagePipeline", model(
+        "OvisImageTransformer2DModel", in_channels=16, out_channels=16), dynamic(), [language_model("Qwen3Model")])),
+    "Lumina-Next": Family(lambda: pipeline("LuminaPipeline", model(
+        "LuminaNextDiT2DModel", sample_size=8, in_channels=4, hidden_size=16, num_kv_heads=1, multiple_of=16,
+        cross_attention_dim=16), euler(1.0), [language_model("Gemma2Model", query_pre_attn_scalar=8)],
+        vae=vae(shift_factor=None)), grid="1/1000", resolution=32),
+    "LTX, one frame": Family(lambda: pipeline("LTXPipeline", model(
+        "LTXVideoTransformer3DModel", in_channels=8, out_channels=8, cross_attention_dim=16, caption_channels=16),
+        dynamic(), [t5()], vae=diffusers.AutoencoderKLLTXVideo(
+            latent_channels=8, block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4,
+            layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 5)), resolution=64)}
+NO_LORA_LOADER = {"Ovis-Image", "Lumina-Next"}
+
+
+def randomized(pipe, number=0):
+    """Weights that matter everywhere: as drawn, many models are close to the identity, or zero at their ends."""
+    generator = seed(number)
+    for part in pipe.components.values():
+        for weight in part.eval().parameters() if isinstance(part, nn.Module) else ():
+            if weight.ndim > 1 or not weight.any():
+                weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Name of a family -> its pipeline's folder, written when it is first asked for."""
+    @functools.cache
+    def folder(name):
+        path = tmp_path_factory.mktemp("pipeline")
+        randomized(FAMILIES[name].build()).save_pretrained(path)
+        return path
+    return folder
+
+
+def load(folder, dtype=torch.float32):
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype={"default": dtype, "vae": torch.float32})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def adapt(folder, family="SD3", dtype=torch.float32, **settings):
+    """The adapter on a freshly loaded pipeline."""
+    settings = dict(prompt_file="", device="cpu", lora_targets="", lora_rank=4, max_sequence_length=0,
+                    resolution=FAMILIES[family].resolution, num_inference_steps=4,
+                    dtype=str(dtype).removeprefix("torch.")) | settings
+    return AnyPipeline(load(folder, dtype), Config(**settings))
+
+
+def randomize(model, policy="ema"):
+    """Give a policy LoRA weights that matter; fresh ones are the identity."""
+    generator = seed(5)
+    with torch.no_grad():
+        for weight in model.lora.weights(policy):
+            weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+
+
+def own_call(pipe, family, prompt, guidance_scale, steps=4):
+    """The family's own way to a picture: (starting noise, latents after each step, picture, sigmas)."""
+    noise, ends, prepare, step = [], [], pipe.prepare_latents, pipe.scheduler.step
+
+    def see_noise(*args, **kwargs):
+        prepared = prepare(*args, **kwargs)
+        noise.append(prepared[0] if isinstance(prepared, tuple) else prepared)
+        return prepared
+
+    def see_end(*args, **kwargs):
+        ends.append(step(*args, **kwargs))
+        return ends[-1]
+
+    pipe.prepare_latents, pipe.scheduler.step = see_noise, see_end
+    guided = guidance_scale > 1 and not pipe.transformer.config.get("guidance_embeds")
+    wanted = {"prompt": prompt, "height": family.resolution, "width": family.resolution, "num_frames": 1,
+              family.scale: guidance_scale if guidance_scale > 1 else family.off, "output_type": "pil",
+              "num_inference_steps": steps, "use_resolution_binning": False, "generator": seed(7),
+              **({"negative_prompt": ""} if guided else {})}
+    takes = inspect.signature(type(pipe).__call__).parameters
+    picture = pipe(**{name: value for name, value in wanted.items() if name in takes})[0][0]
+    picture = picture[0] if isinstance(picture, list) else picture   # a list: a video of one frame
+    del pipe.prepare_latents, pipe.scheduler.step
+    return noise[0], [end[0] for end in ends], picture, pipe.scheduler.sigmas
+
+
+def assert_same_picture(ours, theirs):
+    ours, theirs = np.asarray(ours).astype(int), np.asarray(theirs).astype(int)
+    assert theirs.std() > 2 and abs(ours - theirs).max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------
+# EVERY FAMILY
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eulers_steps_on_our_velocities_are_the_pipelines_own_call(name, folders):
+    family, model = FAMILIES[name], adapt(folders(name), name, guidance_scale=3.0)
+    ends = []
+    for guidance_scale in (1.0, 3.0):
+        noise, steps, picture, sigmas = own_call(load(folders(name)), family, PROMPTS[0], guidance_scale)
+        assert noise.shape[1:] == model.latent_shape
+        with torch.no_grad():
+            ours = sample_ode(lambda x, sigma, scale=guidance_scale: model.velocity(
+                x, sigma, PROMPTS[:1], "base", scale), noise.float(), sigmas)
+        torch.testing.assert_close(ours, steps[-1].float(), rtol=1e-5, atol=1e-5)
+        assert_same_picture(model.decode(ours)[0], picture)
+        ends.append(ours)
+        if family.grid and guidance_scale == 1:   # the time shift, where the schedule is one of a shift
+            times = torch.linspace(1, 1 / 4, 4) if family.grid == "1/n" else None
+            expected = ode_sigmas(4, model.shift)[:-1] if times is None else shift_time(times, model.shift)
+            torch.testing.assert_close(sigmas[:-1].float(), expected, rtol=1e-5, atol=1e-5)
+    assert (ends[0] - ends[1]).abs().max() > 1e-3   # guidance does something
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_is_its_samples_one_by_one_and_gradients_reach_the_lora(name, folders):
+    model = adapt(folders(name), name)
+    prompts, sigmas = [PROMPTS[i] for i in (0, 1, 1, 1, 0, 2)], torch.tensor([0.5, 0.5, 0.5, 0.9, 0.9, 0.3])
+    x = torch.randn(6, *model.latent_shape, generator=seed(1))
+    randomize(model, "current")
+    before = [t.clone() for t in model.transformer.parameters()]
+    for guidance_scale in (1.0, 3.0):
+        together = model.velocity(x, sigmas, prompts, "current", guidance_scale)
+        alone = torch.cat([model.velocity(x[i:i + 1], sigmas[i], prompts[i:i + 1], "current", guidance_scale)
+                           for i in range(6)])
+        assert together.dtype == torch.float32 and together.shape == x.shape
+        assert (together - alone).norm() < 1e-4 * alone.norm()
+        together.square().mean().backward()
+    reached = [t.grad is not None and bool(t.grad.any()) for t in model.lora.weights("current")]
+    # The last block's text branch ends nowhere: a few layers have no use.
+    assert len(reached) >= 8 and sum(reached) > 0.7 * len(reached)
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.transformer.parameters()))
+    base = model.velocity(x, sigmas, prompts, "base")
+    assert (model.velocity(x, sigmas, prompts, "current") - base).norm() > 0.01 * base.norm()
+    torch.testing.assert_close(model.velocity(x, 0.5, prompts, "base")[:3], base[:3])   # sigma may be one number
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_exported_lora_draws_the_same_with_diffusers_alone(name, folders, tmp_path):
+    plain, model = load(folders(name)), adapt(folders(name), name)
+    assert hasattr(plain, "load_lora_weights") == (name not in NO_LORA_LOADER)
+    if name in NO_LORA_LOADER:
+        pytest.skip("diffusers has no load_lora_weights for this family")
+    randomize(model)
+    model.lora.export(tmp_path)
+    plain.load_lora_weights(tmp_path)
+    noise, steps, picture, sigmas = own_call(plain, FAMILIES[name], PROMPTS[1], 1.0)
+    with torch.no_grad():
+        ours = sample_ode(lambda x, sigma: model.velocity(x, sigma, PROMPTS[1:2], "ema"), noise.float(), sigmas)
+        base = sample_ode(lambda x, sigma: model.velocity(x, sigma, PROMPTS[1:2], "base"), noise.float(), sigmas)
+    assert (ours - steps[-1]).norm() < 1e-3 * base.norm() < 1e-1 * (ours - base).norm()
+    assert_same_picture(model.decode(ours)[0], picture)
+
+
+# ------------------------------------------------------------------------------------------------
+# WHAT THE LOOP EXPECTS
+# ------------------------------------------------------------------------------------------------
+
+
+def test_sd3_through_the_adapter_is_dgpos_own_sd3():
+    config = Config(prompt_file="", device="cpu", lora_targets=SD3.lora_targets, max_sequence_length=1)
+    parts = {"text_encoder_3": None, "tokenizer_3": None}
+    ours, theirs = (kind(diffusers.StableDiffusion3Pipeline.from_pretrained(MODEL, **parts), config)
+                    for kind in (AnyPipeline, SD3))
+    assert (ours.latent_shape, ours.shift, ours.device) == (theirs.latent_shape, theirs.shift, theirs.device)
+    assert list(ours.lora.layers) == list(theirs.lora.layers)
+    for each in (ours, theirs):
+        randomize(each, "current")
+    prompts = ["a red circle", "a red circle", "three squares", "a red circle"]
+    x, sigmas = torch.randn(4, *ours.latent_shape, generator=seed(2)), torch.tensor([1.0, 0.7, 0.7, 0.2])
+    for sigma in (sigmas, 0.4, torch.tensor(0.4)):
+        for policy, scale in (("base", 1.0), ("current", 1.0), ("current", 0.0), ("current", 4.5)):
+            torch.testing.assert_close(ours.velocity(x, sigma, prompts, policy, scale),
+                                       theirs.velocity(x, sigma, prompts, policy, scale), rtol=1e-4, atol=1e-4)
+    for a, b in zip(ours.decode(x), theirs.decode(x), strict=True):
+        assert_same_picture(a, b)
+
+
+@pytest.mark.parametrize("name", ["SD3", "FLUX.1, true guidance", "Qwen-Image"])
+def test_a_prompt_is_encoded_once_and_the_encoders_are_not_needed_afterwards(name, folders):
+    model, seen = adapt(folders(name), name), []
+    model.encoders[0].register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(2, *model.latent_shape)
+    model.encode(PROMPTS)
+    assert len(seen) == 3 and set(model.texts) == set(PROMPTS)
+    model.velocity(x, 0.5, PROMPTS[:2], "base", 3.0)   # asked for guidance, it encodes all for it
+    assert len(seen) == 9 and set(model.texts) == set(PROMPTS)
+    model.encoders.to("meta")
+    for scale in (1.0, 3.0):
+        model.velocity(x, 0.5, PROMPTS[1:], "base", scale)
+    model.decode(x)
+    assert model.pipe._execution_device == model.device and len(seen) == 9
+    model.encode(PROMPTS[:1])
+    assert set(model.texts) == set(PROMPTS[:1])
+
+
+@pytest.mark.parametrize("name", ["SD3", "FLUX.1", "Qwen-Image", "Z-Image", "Wan"])
+def test_a_bfloat16_model_takes_the_steps_of_its_own_call_and_its_pictures_are_float32s(name, folders):
+    plain = load(folders(name), torch.bfloat16)
+    plain.vae.to(torch.bfloat16)   # many pipelines cannot do with one in float32; the adapter's can
+    noise, steps, _, sigmas = own_call(plain, FAMILIES[name], PROMPTS[0], 1.0)
+    model = adapt(folders(name), name, torch.bfloat16)
+    assert model.transformer.dtype == torch.bfloat16 and model.vae.dtype == torch.float32
+    velocity = model.velocity(noise.float(), sigmas[0], PROMPTS[:1], "base")
+    assert velocity.dtype == torch.float32
+    assert (noise + (sigmas[1] - sigmas[0]) * velocity - steps[0]).norm() < 0.01 * velocity.norm()
+    assert_same_picture(model.decode(noise.float())[0], adapt(folders(name), name).decode(noise.float())[0])
+
+
+@pytest.mark.parametrize("name", ["SD3", "Flux2 Klein", "Sana", "Z-Image"])
+def test_gradient_checkpointing_leaves_the_gradients_as_they_are(name, folders):
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapt(folders(name), name, gradient_checkpointing=checkpointing)
+        randomize(model, "current")
+        x = torch.randn(2, *model.latent_shape, generator=seed(4))
+        model.velocity(x, 0.5, PROMPTS[:2], "current").square().mean().backward()
+        gradients.append([t.grad for t in model.lora.weights("current") if t.grad is not None])
+        assert model.transformer.gradient_checkpointing == checkpointing
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_takes_every_block_once(folders, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    model = adapt(folders("FLUX.1"), "FLUX.1", compile=True)
+    blocks = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
+    assert [block for block, _ in compiled] == blocks and all(options == {"dynamic": True} for _, options in compiled)
+
+
+def test_lora_targets_may_be_chosen(folders):
+    model = adapt(folders("FLUX.1"), "FLUX.1", lora_targets="to_q, proj_mlp")
+    assert {name.rpartition(".")[2] for name in model.lora.layers} == {"to_q", "proj_mlp"}
+
+
+# ------------------------------------------------------------------------------------------------
+# WHAT DOES NOT FIT, AND WHY
+# ------------------------------------------------------------------------------------------------
+
+
+def other(name, pipe, **settings):
+    """The parts of one pipeline in another class."""
+    return getattr(diffusers, name)(**pipe.components, **settings)
+
+
+def with_unet():
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",), norm_num_groups=4, cross_attention_dim=16)
+    return diffusers.StableDiffusionPipeline(vae(), clip("CLIPTextModel"), letters(), unet, euler(), None, None)
+
+
+def without_text():
+    transformer = diffusers.DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1,
+                                                  sample_size=8, norm_num_groups=4)
+    return diffusers.DiTPipeline(transformer, vae(), euler())
+
+
+def ernie():
+    transformer = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=16, num_attention_heads=2, num_layers=1, ffn_hidden_size=16, in_channels=16, out_channels=16,
+        text_in_dim=16, rope_axes_dim=(4, 2, 2))
+    return diffusers.ErnieImagePipeline(transformer, vae("AutoencoderKLFlux2"), language_model("Qwen3Model"), letters(),
+                                        euler())
+
+
+def hunyuan_image(**settings):
+    return pipeline("HunyuanImagePipeline", model(
+        "HunyuanImageTransformer2DModel", in_channels=4, out_channels=4, num_refiner_layers=1, mlp_ratio=1.0,
+        text_embed_dim=16, text_embed_2_dim=16, rope_axes_dim=(4, 4)), euler(5.0), [qwen_vl(), t5()],
+        vae=diffusers.AutoencoderKLHunyuanImage(
+            in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32), layers_per_block=1,
+            spatial_compression_ratio=2, sample_size=16, scaling_factor=0.7, downsample_match_channel=False,
+            upsample_match_channel=False), **settings)
+
+
+def rescheduled(scheduler):
+    pipe = sd3()
+    pipe.register_modules(scheduler=scheduler)
+    return pipe
+
+
+class LoudNoise(diffusers.StableDiffusion3Pipeline):
+    def prepare_latents(self, *args, **kwargs):
+        return 3 * super().prepare_latents(*args, **kwargs)
+
+
+class Film(diffusers.WanPipeline):
+    def __call__(self, prompt, height, width, num_inference_steps, num_videos_per_prompt, generator, output_type,
+                 guidance_scale=1.0):
+        return inspect.unwrap(diffusers.WanPipeline.__call__)(
+            self, prompt, None, height, width, 5, num_inference_steps, guidance_scale, None, num_videos_per_prompt,
+            generator, output_type=output_type)
+
+
+class Cached(diffusers.StableDiffusion3Pipeline):
+    def __call__(self, prompt, use_kv_cache=True):
+        raise NotImplementedError
+
+
+REFUSALS = {
+    "no transformer": (with_unet, {}, "'StableDiffusionPipeline' object has no attribute 'transformer'"),
+    "no encode_prompt": (without_text, {}, "'DiTPipeline' object has no attribute 'encode_prompt'"),
+    "no prepare_latents": (ernie, {}, "'ErnieImagePipeline' object has no attribute 'prepare_latents'"),
+    "no VAE": (lambda: other("PRXPixelPipeline", diffusers.PRXPixelPipeline(
+        diffusers.PRXTransformer2DModel(in_channels=3, context_in_dim=16, hidden_size=16, num_heads=2, depth=1,
+                                        axes_dim=[4, 4]), euler(), t5(), letters())), {}, "no attribute 'vae'"),
+    "an image is wanted": (lambda: other("StableDiffusion3Img2ImgPipeline", sd3()), {}, ""),
+    "another kind of diffusion": (lambda: rescheduled(diffusers.DDPMScheduler()), {},
+                                  "its scheduler, a DDPMScheduler, is not one of flow matching"),
+    "two models": (lambda: wan(euler(), transformer_2=wan(euler()).transformer, boundary_ratio=0.9), {},
+                   "it calls its transformer 0 times a step"),
+    "several calls": (lambda: hunyuan_image(guider=diffusers.guiders.AdaptiveProjectedMixGuidance()), {},
+                      "it calls its transformer 2 times a step"),
+    "no guidance to set": (hunyuan_image, {"guidance_scale": 3.0}, "it takes no --guidance-scale"),
+    "keys and values kept": (lambda: Cached(**sd3().components), {}, "it keeps keys and values from one step"),
+    "noise of another size": (lambda: LoudNoise(**sd3().components), {}, "noise has a standard deviation of [23]"),
+    "a film": (lambda: Film(**wan(euler()).components), {}, "it does not draw one picture of a prompt"),
+    "a fault of diffusers'": (FAMILIES["Chroma"].build, {"gradient_checkpointing": True},
+                              "with --gradient-checkpointing its velocity is another"),
+    "layers it has not": (flux, {"lora_targets": "to_q,to_nothing"},
+                          r"--lora-targets to_nothing: no linear layer .*attn\.add_k_proj.*net\.2.*to_out\.0"),
+    "a resolution it cannot draw": (FAMILIES["Sana"].build, {"resolution": 20}, "divisible by 32")}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_fit_is_refused_in_one_sentence(case):
+    build, settings, sentence = REFUSALS[case]
+    settings = dict(prompt_file="", device="cpu", lora_rank=4, max_sequence_length=0, resolution=32,
+                    num_inference_steps=4) | settings
+    with pytest.raises(UserError, match=sentence) as caught:
+        AnyPipeline(randomized(build()), Config(**settings))
+    assert "\n" not in str(caught.value)
