@@ -955,9 +955,11 @@ def stop_signals():
         print("\nstopping when this step is done; once more to stop at once, unsaved", file=sys.stderr)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield heard
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---- TRAIN (Algorithm 1) -------------------------------------------------------------------------------------------
@@ -1142,7 +1144,7 @@ def parse_arguments(arguments=None):
             stored = json.loads((Path(given.resume) / "config.json").read_text())
             parser.set_defaults(**{name: stored[name] for name in vars(given)})
             parser.set_defaults(resume=given.resume, output_dir=given.resume)
-    elif given.model:
+    elif given.model and Path(given.model).resolve() != EMBEDDED_MODEL:
         parser.set_defaults(**PAPER)
     config = Config(**vars(parser.parse_args(arguments)))
     for field in dataclasses.fields(Config) if stored else ():
@@ -1164,7 +1166,7 @@ def settle(config):
         device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         output_dir=config.output_dir or time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}"))
     config = gather(lambda: config)[0]
-    if config.device == "cuda" and processes()[1] > 1:
+    if config.device.startswith("cuda") and processes()[1] > 1:
         config = dataclasses.replace(config, device="cuda:" + os.environ.get("LOCAL_RANK", "0"))
     return config
 
@@ -1186,16 +1188,20 @@ def main(arguments=None):
     except KeyboardInterrupt:
         return fail("interrupted before the first step: nothing was trained", 130)
     except Exception as error:   # what nobody foresaw, too, ends in a sentence
+        if os.environ.get("DGPO_TRACEBACK"):
+            raise
+        hint = " (DGPO_TRACEBACK=1 shows where)"
         if folder and folder.is_dir():
             with contextlib.suppress(OSError):
                 (folder / "traceback.txt").write_text(traceback.format_exc())
+            hint = f" (what is saved is whole, --resume {folder} goes on; traceback.txt there says where)"
         reason = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}".splitlines()[0]
         if isinstance(error, OSError):
             reason = f"{error.filename or folder}: {error.strerror or error}"
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             flags = ("rollout_batch_size", "train_batch_size", "group_size", "resolution", "lora_rank")
             reason = f"out of memory: lower {', '.join(map(flag, flags))}, or give --gradient-checkpointing"
-        return fail(f"{reason} (what is saved is whole, --resume {folder} goes on; traceback.txt there says where)", 1)
+        return fail(reason + hint, 1)
 
 
 def fail(message, code):

@@ -1739,13 +1739,14 @@ RECIPES = [   # what differs in the commands of README's recipes, in their order
 
 
 def test_the_recipes_of_the_readme_are_the_published_configurations():
-    commands = [arguments for script, arguments in readme_commands() if "--model" in arguments]
+    commands = [arguments for _, arguments in readme_commands() if "stabilityai/stable-diffusion-3.5-medium" in arguments]
     for arguments, differing in zip(commands, RECIPES, strict=True):
         config = dataclasses.asdict(parse_arguments(arguments))
         for name, value in {**PUBLISHED, **differing}.items():
             assert config[name] == value, (arguments, name)
-    embedded = parse_arguments(["--prompt-file", "p.txt", "--device", "cpu", "--output-dir", "r"])
-    assert embedded == Config(prompt_file=os.path.abspath("p.txt"), model=str(MODEL), device="cpu", output_dir="r")
+    for model in ([], ["--model", str(MODEL)]):
+        embedded = parse_arguments(["--prompt-file", "p.txt", "--device", "cpu", "--output-dir", "r", *model])
+        assert embedded == Config(prompt_file=os.path.abspath("p.txt"), model=str(MODEL), device="cpu", output_dir="r")
 
 
 def test_rollouts_turn_to_the_old_policy_after_that_many_updates_and_not_at_them(tmp_path, monkeypatch):
@@ -1953,8 +1954,7 @@ def test_every_command_of_the_readme_runs(sd35, judges, tmp_path, monkeypatch):
     commands = [(script, arguments) for script, arguments in readme_commands() if script == "dgpo.py"]
     assert len(commands) > 7
     for i, (_, arguments) in enumerate(commands):
-        hub = "stabilityai/stable-diffusion-3.5-medium"
-        small = ["--model", sd35, "--dtype", "float32", "--resolution", 32] if hub in arguments else []
+        small = ["--model", sd35, "--dtype", "float32", "--resolution", 32] if "--model" in arguments else []
         for name in ("--reward", "--eval-reward"):
             if name in arguments:
                 at = arguments.index(name) + 1

@@ -6,6 +6,7 @@ r"""How fast a training step is, and how much of it is not the transformer's own
     python benchmarks/throughput.py --preset embedded --groups-per-step 8 --group-size 12 --rollout-batch-size 256 \
         --train-batch-size 96 --repeats 15                # the default job's step, random weights
     python benchmarks/throughput.py --count-memory        # what a step keeps on the device, counted on any machine
+    python benchmarks/throughput.py --count-memory --transformer FluxTransformer2DModel   # of any model, weights and LoRA
 
 Transformer and VAE are built at full size with random weights from the configurations below, so nothing is downloaded;
 prompt embeddings are random too, as the text encoders take no part in a step.  Every repetition times, in turn and in
@@ -20,11 +21,13 @@ import sys
 import time
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from dgpo import EMBEDDED_MODEL, PAPER, SD3, Config, group_advantages, rollout, update  # noqa: E402
+from adapters.any_pipeline import AnyPipeline  # noqa: E402
+from dgpo import EMBEDDED_MODEL, PAPER, SD3, Config, LoRA, group_advantages, rollout, update  # noqa: E402
 
 # `tokens`: text tokens a prompt, 77 of CLIP and those of T5; `settings`: those of dgpo.py.
 PRESETS = {
@@ -174,6 +177,20 @@ def count_memory(preset, config):
     return {name: size / 1e9 for name, size in sizes.items()}
 
 
+def count_transformer(name, path):
+    """Gigabytes of any diffusers transformer of that class in bfloat16, of a config.json or the class's own sizes, and
+    of its LoRA of rank 64, policies, gradient and AdamW: dict of floats.  Counted on tensors that hold no values."""
+    kind = getattr(diffusers, name)
+    with torch.device("meta"):
+        transformer = kind.from_config(kind.load_config(path) if path else {})
+    linear = [key for key, part in transformer.named_modules() if isinstance(part, torch.nn.Linear)]
+    targets = [t for t in AnyPipeline.lora_targets.split(",") if any(key.endswith("." + t) for key in linear)]
+    parameters = sum(p.numel() for p in transformer.parameters())
+    lora = LoRA(transformer, 64, 128, targets).weights("current")
+    return {"parameters, billions": parameters / 1e9, "transformer, GB": 2 * parameters / 1e9,
+            "LoRA, policies and optimizer, GB": 6 * 4 * sum(t.numel() for t in lora) / 1e9}
+
+
 def print_table(columns):
     """Print a dict as a Markdown table of one row."""
     for line in (columns, ["---"] * len(columns), columns.values()):
@@ -194,8 +211,14 @@ def main():
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--count-memory", action="store_true")
+    parser.add_argument("--transformer", help="with --count-memory: a class of diffusers to count instead")
+    parser.add_argument("--config", help="its config.json (default: the sizes the class itself names)")
     arguments = vars(parser.parse_args())
     preset, repeats = PRESETS[arguments.pop("preset")], arguments.pop("repeats")
+    transformer, path = arguments.pop("transformer"), arguments.pop("config")
+    if transformer:
+        print_table({name: f"{size:.3g}" for name, size in count_transformer(transformer, path).items()})
+        return
     if arguments.pop("count_memory"):
         config = Config(**{**preset["settings"], "device": "cpu", "gradient_checkpointing": False})
         print_table({name: f"{size:.3g} GB" for name, size in count_memory(preset, config).items()})
