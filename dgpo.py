@@ -613,6 +613,107 @@ def update(model, optimizer, x0, prompts, advantages, config, step, accumulate=a
             "learning_rate": optimizer.param_groups[0]["lr"]}
 
 
+# ---- TRAIN (Algorithm 1) -------------------------------------------------------------------------------------------
+
+
+def rows_of_step(rows, step, config):
+    """The P prompts of a step: one seeded permutation of the file after another, without a state to save."""
+    places = range(step * config.groups_per_step, (step + 1) * config.groups_per_step)
+    orders = {epoch: torch.randperm(len(rows), generator=seeded(config.seed, "order", epoch))
+              for epoch in {place // len(rows) for place in places}}
+    return [rows[orders[place // len(rows)][place % len(rows)]] for place in places]
+
+
+def encode_ahead(model, rows, held_out, step, config):
+    """Let the model encode the held-out prompts and those of the steps to come, up to the step that is returned."""
+    last = min(config.steps, step + max(1, TEXTS_AHEAD // config.groups_per_step))
+    mine = own(config.groups_per_step)
+    ahead = [row for later in range(step, last) for row in rows_of_step(rows, later, config)[mine]]
+    model.encode(["", *(row["prompt"] for row in [*held_out[own(len(held_out))], *ahead])])
+    return last
+
+
+def train_step(model, optimizer, reward, rows, step, config, accumulate=accumulate_gradients):
+    """One step of Algorithm 1: rollout, rewards, advantages, update.  Returns the step's metrics."""
+    P, G, mine = config.groups_per_step, config.group_size, own(config.groups_per_step)
+    policy = "old" if 0 < config.rollout_old_after < step * config.updates_per_rollout else "current"
+    repeated = [row for row in rows[mine] for _ in range(G)]
+    prompts, clock = [row["prompt"] for row in repeated], [time.monotonic()]
+    # Drawn for all, so that a group's noise does not depend on who owns it.
+    noise = torch.randn(P * G, *model.latent_shape, generator=seeded(config.seed, "rollout", step))  # [B, C, H, W]
+    noise = noise[mine.start * G:mine.stop * G]
+    x0, images = rollout(model, prompts, noise, config.num_inference_steps, policy, config)
+    clock.append(time.monotonic())
+    rewards = torch.cat(gather(lambda: reward(images, prompts, repeated).view(-1, G)))             # [P, G]
+    clock.append(time.monotonic())
+    advantages = group_advantages(rewards, config.advantage_std).to(model.device)                  # [P, G]
+    metrics = update(model, optimizer, x0.unflatten(0, (-1, G)), [row["prompt"] for row in rows], advantages, config,
+                     step, accumulate)
+    clock.append(time.monotonic())
+    return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
+            **({"strict": (rewards >= 1).float().mean().item()} if reward.strict else {}),
+            "zero_groups": (advantages == 0).all(1).float().mean().item(), **metrics,
+            **{f"seconds_{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "reward", "update"))}}
+
+
+def train(config):
+    """Algorithm 1, or with --evaluate its evaluation alone.  Returns the signal that ended it early, or None."""
+    model, rewards, rows, held_out = prepare(config)
+    reward = next(iter(rewards.values()))
+    optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
+                                  weight_decay=config.weight_decay)
+    run = Run(config, about(model, rewards, rows, held_out)) if processes()[0] == 0 else None
+    lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
+    step = encoded = max((line["step"] for line in lines), default=0)
+    if len(set(gather(lambda: step))) > 1:
+        raise UserError(f"not all processes see the run in {config.output_dir}: it must lie on a disk that all share")
+    encode_ahead(model, rows, held_out, step, config)
+    before = after = evaluate(model, rewards, held_out, config, "base")
+    if step or config.lora:
+        after = evaluate(model, rewards, held_out, config, "ema")
+    if run:
+        run.go_on(lines)
+        if not lines:
+            run.record(0, *before, held_out, rewards, model.lora)
+        # A judge that raised may have left out the evaluation of the step a run goes on from.
+        if config.lora or (step and step % config.eval_every == 0 and "evaluation" not in lines[-1]):
+            run.record(step, *after, held_out, rewards, model.lora)
+    skipped, stopped_by = 0, None
+    try:
+        with stop_signals() as heard, tqdm(total=config.steps, initial=step, desc="dgpo", bar_format=BAR) as bar:
+            while step < config.steps and stopped_by is None:
+                if step >= encoded:
+                    encoded = encode_ahead(model, rows, held_out, step, config)
+                metrics = train_step(model, optimizer, reward, rows_of_step(rows, step, config), step, config)
+                step += 1
+                skipped = skipped + 1 if metrics["skipped_updates"] else 0   # steps in a row with an update left out
+                if skipped == MAX_SKIPPED:
+                    raise FloatingPointError(f"no finite gradient in {skipped} steps; try a lower --learning-rate")
+                due = step % config.eval_every == 0 or step == config.steps
+                if run:
+                    run.log({"step": step, **metrics})
+                    bar.set_postfix({"held-out": f"{run.scores()[-1][1]:.3f}", **{
+                        name: f"{metrics[name]:.3g}" for name in ("reward_mean", "loss", "kl")}}, refresh=False)
+                    bar.update()
+                if due:
+                    after = evaluate(model, rewards, held_out, config, "ema")
+                    if run:
+                        run.record(step, *after, held_out, rewards, model.lora)
+                stopped_by = max(gather(lambda: max(heard, default=0))) or None   # all stop after the same step
+                if run and (step % config.save_every == 0 or step == config.steps or stopped_by):
+                    run.save(model, optimizer, step)
+    except UserError:   # of a reward, before the step's update: what is saved is the end of the last step
+        if run:
+            run.save(model, optimizer, step)
+        raise
+    if stopped_by and step < config.steps:
+        print(f"stopped after step {step}; --resume {config.output_dir} goes on", file=sys.stderr)
+        return stopped_by
+    if run:
+        run.report(before, after, held_out, rewards)
+    return None
+
+
 # ---- EVALUATION: held-out prompts, always from the same noise ------------------------------------------------------
 
 
@@ -960,107 +1061,6 @@ def stop_signals():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-# ---- TRAIN (Algorithm 1) -------------------------------------------------------------------------------------------
-
-
-def rows_of_step(rows, step, config):
-    """The P prompts of a step: one seeded permutation of the file after another, without a state to save."""
-    places = range(step * config.groups_per_step, (step + 1) * config.groups_per_step)
-    orders = {epoch: torch.randperm(len(rows), generator=seeded(config.seed, "order", epoch))
-              for epoch in {place // len(rows) for place in places}}
-    return [rows[orders[place // len(rows)][place % len(rows)]] for place in places]
-
-
-def encode_ahead(model, rows, held_out, step, config):
-    """Let the model encode the held-out prompts and those of the steps to come, up to the step that is returned."""
-    last = min(config.steps, step + max(1, TEXTS_AHEAD // config.groups_per_step))
-    mine = own(config.groups_per_step)
-    ahead = [row for later in range(step, last) for row in rows_of_step(rows, later, config)[mine]]
-    model.encode(["", *(row["prompt"] for row in [*held_out[own(len(held_out))], *ahead])])
-    return last
-
-
-def train_step(model, optimizer, reward, rows, step, config, accumulate=accumulate_gradients):
-    """One step of Algorithm 1: rollout, rewards, advantages, update.  Returns the step's metrics."""
-    P, G, mine = config.groups_per_step, config.group_size, own(config.groups_per_step)
-    policy = "old" if 0 < config.rollout_old_after < step * config.updates_per_rollout else "current"
-    repeated = [row for row in rows[mine] for _ in range(G)]
-    prompts, clock = [row["prompt"] for row in repeated], [time.monotonic()]
-    # Drawn for all, so that a group's noise does not depend on who owns it.
-    noise = torch.randn(P * G, *model.latent_shape, generator=seeded(config.seed, "rollout", step))  # [B, C, H, W]
-    noise = noise[mine.start * G:mine.stop * G]
-    x0, images = rollout(model, prompts, noise, config.num_inference_steps, policy, config)
-    clock.append(time.monotonic())
-    rewards = torch.cat(gather(lambda: reward(images, prompts, repeated).view(-1, G)))             # [P, G]
-    clock.append(time.monotonic())
-    advantages = group_advantages(rewards, config.advantage_std).to(model.device)                  # [P, G]
-    metrics = update(model, optimizer, x0.unflatten(0, (-1, G)), [row["prompt"] for row in rows], advantages, config,
-                     step, accumulate)
-    clock.append(time.monotonic())
-    return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
-            **({"strict": (rewards >= 1).float().mean().item()} if reward.strict else {}),
-            "zero_groups": (advantages == 0).all(1).float().mean().item(), **metrics,
-            **{f"seconds_{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "reward", "update"))}}
-
-
-def train(config):
-    """Algorithm 1, or with --evaluate its evaluation alone.  Returns the signal that ended it early, or None."""
-    model, rewards, rows, held_out = prepare(config)
-    reward = next(iter(rewards.values()))
-    optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
-                                  weight_decay=config.weight_decay)
-    run = Run(config, about(model, rewards, rows, held_out)) if processes()[0] == 0 else None
-    lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
-    step = encoded = max((line["step"] for line in lines), default=0)
-    if len(set(gather(lambda: step))) > 1:
-        raise UserError(f"not all processes see the run in {config.output_dir}: it must lie on a disk that all share")
-    encode_ahead(model, rows, held_out, step, config)
-    before = after = evaluate(model, rewards, held_out, config, "base")
-    if step or config.lora:
-        after = evaluate(model, rewards, held_out, config, "ema")
-    if run:
-        run.go_on(lines)
-        if not lines:
-            run.record(0, *before, held_out, rewards, model.lora)
-        # A judge that raised may have left out the evaluation of the step a run goes on from.
-        if config.lora or (step and step % config.eval_every == 0 and "evaluation" not in lines[-1]):
-            run.record(step, *after, held_out, rewards, model.lora)
-    skipped, stopped_by = 0, None
-    try:
-        with stop_signals() as heard, tqdm(total=config.steps, initial=step, desc="dgpo", bar_format=BAR) as bar:
-            while step < config.steps and stopped_by is None:
-                if step >= encoded:
-                    encoded = encode_ahead(model, rows, held_out, step, config)
-                metrics = train_step(model, optimizer, reward, rows_of_step(rows, step, config), step, config)
-                step += 1
-                skipped = skipped + 1 if metrics["skipped_updates"] else 0   # steps in a row with an update left out
-                if skipped == MAX_SKIPPED:
-                    raise FloatingPointError(f"no finite gradient in {skipped} steps; try a lower --learning-rate")
-                due = step % config.eval_every == 0 or step == config.steps
-                if run:
-                    run.log({"step": step, **metrics})
-                    bar.set_postfix({"held-out": f"{run.scores()[-1][1]:.3f}", **{
-                        name: f"{metrics[name]:.3g}" for name in ("reward_mean", "loss", "kl")}}, refresh=False)
-                    bar.update()
-                if due:
-                    after = evaluate(model, rewards, held_out, config, "ema")
-                    if run:
-                        run.record(step, *after, held_out, rewards, model.lora)
-                stopped_by = max(gather(lambda: max(heard, default=0))) or None   # all stop after the same step
-                if run and (step % config.save_every == 0 or step == config.steps or stopped_by):
-                    run.save(model, optimizer, step)
-    except UserError:   # of a reward, before the step's update: what is saved is the end of the last step
-        if run:
-            run.save(model, optimizer, step)
-        raise
-    if stopped_by and step < config.steps:
-        print(f"stopped after step {step}; --resume {config.output_dir} goes on", file=sys.stderr)
-        return stopped_by
-    if run:
-        run.report(before, after, held_out, rewards)
-    return None
 
 
 # ---- MAIN: from the command line to train() and from errors to sentences -------------------------------------------

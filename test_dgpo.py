@@ -1739,7 +1739,8 @@ RECIPES = [   # what differs in the commands of README's recipes, in their order
 
 
 def test_the_recipes_of_the_readme_are_the_published_configurations():
-    commands = [arguments for _, arguments in readme_commands() if "stabilityai/stable-diffusion-3.5-medium" in arguments]
+    hub = "stabilityai/stable-diffusion-3.5-medium"
+    commands = [arguments for _, arguments in readme_commands() if hub in arguments]
     for arguments, differing in zip(commands, RECIPES, strict=True):
         config = dataclasses.asdict(parse_arguments(arguments))
         for name, value in {**PUBLISHED, **differing}.items():

@@ -5,7 +5,6 @@ import itertools
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from adapters.refusals import try_out
@@ -22,22 +21,23 @@ class AnyPipeline:
 
     def __init__(self, pipe, config):
         """Take a pipeline: the model goes to the device and is tried once.  Raises UserError where it does not fit."""
-        self.pipe, self.config, self.device, self.texts = pipe, config, torch.device(config.device), {}
+        self.pipe, self.config, self.device = pipe, config, torch.device(config.device)
+        self.texts, self.forms = {}, {False}   # unguided; guided too, once that is asked for
         with blame(f"--model: {type(pipe).__name__} does not fit"):
-            parts = nn.ModuleList(part for part in pipe.components.values() if isinstance(part, nn.Module))
-            parts.requires_grad_(False).eval()
+            modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+            parts = torch.nn.ModuleList(modules).requires_grad_(False).eval()
             self.transformer, self.vae = pipe.transformer.to(self.device), pipe.vae.to(self.device, torch.float32)
-            self.encoders = nn.ModuleList(part for part in parts if part not in (self.transformer, self.vae))
-            linear = ["." + name for name, part in self.transformer.named_modules() if isinstance(part, nn.Linear)]
+            self.encoders = torch.nn.ModuleList(part for part in parts if part not in (self.transformer, self.vae))
+            linear = ["." + n for n, part in self.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
             known = [t for t in self.lora_targets.split(",") if any(name.endswith("." + t) for name in linear)]
             targets = [t.strip() for t in config.lora_targets.split(",") if t] or known or [self.lora_targets]
             self.lora = LoRA(self.transformer, config.lora_rank, 2 * config.lora_rank, targets, config.seed)
             if config.gradient_checkpointing:
                 self.transformer.enable_gradient_checkpointing()
-            lists = [part for part in self.transformer.children() if isinstance(part, nn.ModuleList)]
-            for block in itertools.chain(*lists) if config.compile else ():
-                block.compile(dynamic=True)
-            # Guidance is an input of some models; for the others 1 switches it off, or 0: the pipeline knows which.
+            for blocks in self.transformer.children() if config.compile else ():
+                for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
+                    block.compile(dynamic=True)
+            # Guidance is an input of some models; for the others, 1 or 0 switches it off.
             self.takes, pipe._guidance_scale = inspect.signature(type(pipe).__call__).parameters, 1.0
             self.no_guidance = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
             self.take_over(pipe, pipe.scheduler, pipe.scheduler.config)
@@ -101,21 +101,21 @@ class AnyPipeline:
         return drawn if sigma is None else self.kept
 
     @torch.no_grad()
-    def encode(self, prompts, guided=False):
+    def encode(self, prompts):
         """Encode the prompts that are not remembered yet, keep them in main memory, and forget all others."""
         self.texts = {prompt: self.texts.get(prompt, {}) for prompt in prompts}
-        missing = [prompt for prompt, forms in self.texts.items() if guided not in forms]
+        missing = [(prompt, form) for prompt, have in self.texts.items() for form in self.forms if form not in have]
         if missing:
             self.encoders.to(self.device)
-            for prompt in missing:
+            for prompt, guided in missing:
                 self.run(prompt, guided, 1.0 + guided)
             self.encoders.to("cpu")
 
     def velocity(self, x, sigma, prompts, policy, guidance_scale=1.0):
         """The policy's velocity at x [B, ...] for B prompts, float32 like x; sigma: a number, 0-d, or [B]."""
         self.lora.select(policy)
-        guided = guidance_scale > 1 and not self.transformer.config.get("guidance_embeds")
-        self.encode([*self.texts, *prompts], guided)
+        self.forms.add(guided := guidance_scale > 1 and not self.transformer.config.get("guidance_embeds"))
+        self.encode([*self.texts, *prompts])
         sigmas = torch.as_tensor(sigma, dtype=torch.float32).expand(len(x)).tolist()
         # One prompt and sigma a call: texts padded to one length would change some families' results.
         runs = [(*key, len(list(run))) for key, run in itertools.groupby(zip(prompts, sigmas, strict=True))]

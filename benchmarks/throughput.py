@@ -6,7 +6,7 @@ r"""How fast a training step is, and how much of it is not the transformer's own
     python benchmarks/throughput.py --preset embedded --groups-per-step 8 --group-size 12 --rollout-batch-size 256 \
         --train-batch-size 96 --repeats 15                # the default job's step, random weights
     python benchmarks/throughput.py --count-memory        # what a step keeps on the device, counted on any machine
-    python benchmarks/throughput.py --count-memory --transformer FluxTransformer2DModel   # of any model, weights and LoRA
+    python benchmarks/throughput.py --count-memory --transformer FluxTransformer2DModel   # weights, LoRA of any model
 
 Transformer and VAE are built at full size with random weights from the configurations below, so nothing is downloaded;
 prompt embeddings are random too, as the text encoders take no part in a step.  Every repetition times, in turn and in
