@@ -51,8 +51,7 @@ def blame(what):
 def brief(value, length=80):
     """What comes from a file as it may be printed: cut, and with whatever a terminal would obey escaped as by repr."""
     text = str(value)
-    cut = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:length])
-    return cut if len(text) <= length else cut + "..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:length]) + "..." * (len(text) > length)
 
 
 def prompt_category(prompt, metadata):
@@ -507,9 +506,10 @@ GENEVAL = {"detector": "facebook/mask2former-swin-small-coco-instance", "clip": 
 # Reward -> (its loader, a function of {part: folder or hub id} and the device; {part: default hub id}).  `reward=PATH`
 # is where the part "." is, the model itself; the parts of a reward without it are then in the subfolders PATH/part.
 REWARDS = {
-    "shapes": (lambda paths, device: importlib.import_module("shapes.world").shapes, {}),   # the verifier of its world
+    "shapes": (lambda paths, device: importlib.import_module("shapes.world").shapes, {}),
     "jpeg_compressibility": (lambda paths, device: partial(jpeg_size, sign=-1), {}),
     "jpeg_incompressibility": (lambda paths, device: partial(jpeg_size, sign=1), {}),
+    "words": (lambda paths, device: importlib.import_module("shapes.world").words, {}),
     "pickscore": (load_pickscore,
                   {".": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}),
     "clipscore": (load_clipscore, {".": CLIP_L}),

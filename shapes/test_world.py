@@ -15,18 +15,23 @@ from rewards import connected_components  # noqa: E402
 from shapes.world import (  # noqa: E402
     CATEGORIES,
     CATEGORY_WEIGHT,
+    LETTERS,
     MOST_OBJECTS,
     PALETTE,
+    PHRASES,
     SHAPES,
     contradict,
     detect_shapes,
+    draw_sign,
     grammar,
     parse_prompt,
+    read_words,
     render,
     scenes,
     score_detections,
     shape_mask,
     shapes,
+    words,
 )
 
 
@@ -46,7 +51,8 @@ def test_prompts_are_read_as_the_grammar_says(prompt, category, objects, relatio
 
 @pytest.mark.parametrize("prompt", [
     "", "a dog", "a red", "five circles", "a star above", "a a star", "a star and a ring and a cross", "two circle",
-    "a circles", "two stars left of a ring", "four stars and three rings", "a star " * 100_000])
+    "a circles", "two stars left of a ring", "four stars and three rings", "a star " * 100_000,
+    'a sign that says "a1"', 'a sign that says "horse"', 'a star that says "fox"'])
 def test_prompts_outside_the_grammar_are_refused(prompt):
     with pytest.raises(ValueError, match="grammar"):
         parse_prompt(prompt)
@@ -67,12 +73,17 @@ def test_every_sentence_is_read_in_its_category_and_can_be_drawn_and_contradicte
                 assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
 
 
-def test_prompt_files_are_disjoint_and_have_every_category():
-    train, heldout = ((HERE / name).read_text().splitlines() for name in ("prompts.txt", "heldout.txt"))
-    assert not set(train) & set(heldout)
-    for prompts in (train, heldout):
-        assert len(set(prompts)) == len(prompts)
-        assert {parse_prompt(prompt)["category"] for prompt in prompts} == set(CATEGORIES)
+@pytest.mark.parametrize("files, categories", [
+    (("prompts.txt", "heldout.txt"), set(CATEGORIES)), (("words.txt", "words_heldout.txt"), {"words"})])
+def test_prompt_files_are_disjoint_and_have_every_category(files, categories):
+    contents = []
+    for name in files:
+        prompts = (HERE / name).read_text().splitlines()
+        assert {parse_prompt(prompt)["category"] for prompt in prompts} == categories
+        # By the word, as the same word in another phrase is not held out.
+        contents.append({parse_prompt(prompt).get("text", prompt) for prompt in prompts})
+        assert len(contents[-1]) == len(prompts)
+    assert not set.intersection(*contents)
 
 
 def test_scenes_are_the_same_for_a_seed_and_leave_out_what_they_should():
@@ -137,3 +148,47 @@ def test_verifier_grades_a_half_right_picture_by_hand():
                           ("a circle", (1 + 0) / 2),                                   # one object too many
                           ("four circles", (1 / 4 + 1 / 2) / 2), ("a circle right of a star", (1 + 1 + 0) / 3)):
         assert score_detections(parse_prompt(prompt), found) == pytest.approx(score)
+
+
+def signs(count, seed, noise=None):
+    """Pictures of signs with random words of two to four letters, their prompts and the words that these ask for."""
+    rng = np.random.default_rng(seed)
+    wanted = ["".join(rng.choice(list(LETTERS), rng.integers(2, 5))) for _ in range(count)]
+    sentences = {"words": [PHRASES[i % len(PHRASES)].format(word) for i, word in enumerate(wanted)]}
+    images, prompts = scenes(count, seed, noise, sentences=sentences, weights={"words": 1.0})
+    return images, prompts, [parse_prompt(prompt)["text"] for prompt in prompts]
+
+
+def test_words_are_read_as_they_are_drawn_and_wrong_ones_are_refused():
+    images, prompts, wanted = signs(1000, 27)
+    assert {letter for word in wanted for letter in word} == set(LETTERS) and set(map(len, wanted)) == {2, 3, 4}
+    assert np.mean([read == word for read, word in zip(read_words(images), wanted)]) >= 0.98
+    for noise, right in ((None, 1.0), ({"words": 1.0}, 0.0)):   # all letters right; one of them wrong
+        images, prompts, _ = signs(500, 28, noise)
+        scores = words([Image.fromarray(image) for image in images], prompts, [{}] * 500)
+        assert ((scores == 1) == right).float().mean() >= 0.98 and scores.min() >= 0 and scores.max() <= 1
+
+
+def test_words_are_read_in_each_picture_alone_and_what_is_no_letter_is_not_read():
+    images, _, wanted = signs(30, 29)
+    images[::2] = 255 - images[::2]   # pale letters on dark signs are read as well
+    assert read_words(images) == [read_words(image[None])[0] for image in images] == wanted
+    nothing = [*(np.full((32, 32, 3), level, np.uint8) for level in (0, 128, 255)),
+               np.random.default_rng(30).integers(0, 256, (32, 32, 3), np.uint8)]
+    assert read_words(nothing) == [""] * 4
+    image = draw_sign("fox", random.Random(3))   # with its o, a cell of 5x11 pixels, blank, striped, chequered, full
+    y, x = np.mgrid[:11, :5]
+    for cell, read in ((y < 0, "f?x"), (y % 2 == 0, "f?x"), ((x + y) % 2 == 0, "f?x"), (y >= 0, "fbx")):
+        image[14:25, 12:17] = np.where(cell[..., None], image[14, 8], image[16, 27])
+        assert read_words(image[None]) == [read]
+
+
+def test_words_are_wanted_as_the_phrases_say_and_each_reward_refuses_the_others_prompts():
+    for phrase in PHRASES:
+        wanted = parse_prompt(phrase.format("fox").upper())
+        assert wanted == {"category": "words", "objects": [], "relation": None, "text": "fox"}
+    words.check('the word "fox" on a sign', {})
+    shapes.check("a star", {})
+    for reward, prompt in ((words, "a star"), (shapes, 'a sign that says "fox"'), (words, 'a sign that says "foxes"')):
+        with pytest.raises(ValueError, match="it (asks for|is not)"):
+            reward.check(prompt, {})

@@ -1,7 +1,7 @@
-"""The embedded world: its sentences, the drawing of a sentence, and the verifier, which is the reward `shapes`.
+"""The embedded world: its sentences, the drawing of a sentence, and its verifiers, the rewards `shapes` and `words`.
 
-The verifier plays the part of GenEval's detector for the toy world: it looks at the image and the prompt alone.  1.0
-means that everything the prompt asks for is there and nothing else.
+They play the parts of GenEval's detector and of an OCR model for the toy world, and look at image and prompt alone.
+`shapes` gives 1.0 if everything that the prompt asks for is there and nothing else; `words` is `ocr`'s rule.
 """
 
 import itertools
@@ -14,10 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rewards import RELATIONS, connected_components
+from rewards import RELATIONS, connected_components, ocr_score, wanted_text
 
 # ------------------------------------------------------------------------------------------------
-# The grammar: GenEval's six categories over six shapes and eight colours
+# The grammar: GenEval's six categories over six shapes and eight colours, and signs with words
 # ------------------------------------------------------------------------------------------------
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -32,20 +32,28 @@ CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "
 # How often a scene of the category is drawn in pretraining: the hard ones more often.
 CATEGORY_WEIGHT = {"single_object": 0.06, "two_object": 0.18, "counting": 0.22, "colors": 0.08, "position": 0.26,
                    "color_attr": 0.20}
+PHRASES = ('a sign that says "{}"', 'a sign with the word "{}"', 'a board that reads "{}"', 'the word "{}" on a sign')
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MOST_LETTERS = 4   # that fit on a sign
 
 _NOUN = (rf"(?P<count>{'|'.join(COUNTS)}) (?:(?P<color>{'|'.join(PALETTE)}) )?"
          rf"(?P<shape>{'|'.join(SHAPES)})(?P<plural>e?s)?")
 _PREFIX = re.compile("^(?:" + "|".join(p for p in PREFIXES if p) + ")")
 _JOINT = re.compile(r" (and|left of|right of|above|below) ")
+_WORD = re.compile("|".join(re.escape(phrase).replace(r"\{\}", f"([a-z]{{2,{MOST_LETTERS}}})") for phrase in PHRASES))
 
 
 def parse_prompt(prompt):
-    """Read a prompt of the shapes grammar.
+    """Read a prompt of the grammar.
 
-    Returns a dict: `category` (one of CATEGORIES), `objects` (a list of (shape, color or None), one entry for every
-    object wanted) and `relation` (a key of RELATIONS, or None).  Raises ValueError for a prompt outside the grammar.
+    Returns a dict: `category` (one of CATEGORIES, or "words"), `objects` (a list of (shape, color or None), one entry
+    for every object wanted), `relation` (a key of RELATIONS, or None) and, with "words", `text`, the word wanted.
+    Raises ValueError for a prompt outside the grammar.
     """
-    parts = _JOINT.split(_PREFIX.sub("", prompt.strip().lower()))
+    prompt = prompt.strip().lower()
+    if word := _WORD.fullmatch(prompt):
+        return {"category": "words", "objects": [], "relation": None, "text": word[word.lastindex]}
+    parts = _JOINT.split(_PREFIX.sub("", prompt))
     nouns = [re.fullmatch(_NOUN, part) for part in parts[::2]]
     # "two circle" and "a circles" are no sentences: number and ending have to agree.
     sentence = len(nouns) <= 2 and all(n and (COUNTS[n["count"]] > 1) == bool(n["plural"]) for n in nouns)
@@ -73,7 +81,7 @@ def plural(word):
 
 
 def grammar():
-    """Every sentence of the grammar, by category: dict of lists of strings."""
+    """Every sentence about shapes, by category: dict of lists of strings."""
     nouns = [f"{color} {shape}" for color in PALETTE for shape in SHAPES]
     pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
     colored = [(a, b) for a in nouns for b in nouns if a.split()[0] != b.split()[0] and a.split()[1] != b.split()[1]]
@@ -127,6 +135,65 @@ def shape_mask(shape, x, y, radius, size=32, supersample=4):
     return coverage.reshape(size, supersample, size, supersample).mean((1, 3))
 
 
+# The glyphs of a to m and of n to z, capitals as on signs.  A cell is 1 pixel wide and LINE high, so that strokes are
+# as bold one way as the other and a small VAE keeps them; a letter and the gap after it take ADVANCE pixels.
+FONT = """
+.###. ####. .#### ###.. ##### ##### .#### #...# ##### ..### #...# #.... #...#
+#...# #...# #.... #..#. #.... #.... #.... #...# ..#.. ...#. #..#. #.... ##.##
+#...# #...# #.... #...# #.... #.... #.... #...# ..#.. ...#. #.#.. #.... #.#.#
+#...# ####. #.... #...# ####. ####. #..## ##### ..#.. ...#. ##... #.... #.#.#
+##### #...# #.... #...# #.... #.... #...# #...# ..#.. ...#. #.#.. #.... #...#
+#...# #...# #.... #..#. #.... #.... #...# #...# ..#.. #..#. #..#. #.... #...#
+#...# ####. .#### ###.. ##### #.... .#### #...# ##### .##.. #...# ##### #...#
+
+#...# .###. ####. .###. ####. .#### ##### #...# #...# #...# #...# #...# #####
+##..# #...# #...# #...# #...# #.... ..#.. #...# #...# #...# #...# #...# ....#
+##..# #...# #...# #...# #...# #.... ..#.. #...# #...# #...# .#.#. .#.#. ...#.
+#.#.# #...# ####. #...# ####. .###. ..#.. #...# .#.#. #.#.# ..#.. ..#.. ..#..
+#..## #...# #.... #.#.# #.#.. ....# ..#.. #...# .#.#. #.#.# .#.#. ..#.. .#...
+#..## #...# #.... #..#. #..#. ....# ..#.. #...# .#.#. ##.## #...# ..#.. #....
+#...# .###. #.... .##.# #...# ####. ..#.. .###. ..#.. #...# #...# ..#.. #####
+"""
+LINE, ADVANCE = 1.5, 6
+
+
+def glyphs(text):
+    """The bitmap of a word, float [7, ADVANCE * letters], each letter with a blank column after it."""
+    blocks = [[line.split() for line in block.split("\n")] for block in FONT.strip().split("\n\n")]
+    places = [divmod(LETTERS.index(letter), 13) for letter in text]
+    lines = ["".join(blocks[block][line][column] + "." for block, column in places) for line in range(7)]
+    return np.array([[cell == "#" for cell in line] for line in lines], np.float32)
+
+
+def grid_mask(cells, x, y, width, height, size=32):
+    """Draw a grid of cells [rows, columns] from its corner (x, y): exact coverage, [size, size]."""
+    def shares(start, count, length):   # of each pixel in each row or column: [size, count]
+        pixel, edge = np.arange(size)[:, None], start + length * np.arange(count)
+        return np.clip(np.minimum(pixel + 1, edge + length) - np.maximum(pixel, edge), 0, 1)
+
+    return shares(y, len(cells), height) @ cells @ shares(x, cells.shape[1], width).T
+
+
+def draw_sign(word, rng):
+    """Draw a sign with a word, a wooden frame around it and a post below it: uint8 RGB [32, 32, 3].
+
+    Letters lie on whole pixels: what is a pixel wide stays as sharp as it can be.
+    """
+    image = np.full((32, 32, 3), rng.uniform(228, 250), np.float32) + np.array([rng.uniform(-5, 5) for _ in "rgb"])
+    wood, ink = (np.array(color) + [rng.uniform(-10, 10) for _ in "rgb"]
+                 for color in ((125, 85, 50), PALETTE[rng.choice(("black", "blue", "red", "green", "purple"))]))
+    left, top, right = rng.uniform(0.2, 0.7), rng.uniform(1, 13), 32 - rng.uniform(0.2, 0.7)
+    board = np.ones((1, 1))
+    frame = grid_mask(board, left, top, right - left, 17.5)
+    frame -= grid_mask(board, left + 1.3, top + 1.3, right - left - 2.6, 14.9)
+    frame += grid_mask(board, 14.5, top + 17.5, 3, 32)
+    x = rng.randint(4, 28 - ADVANCE * len(word) + 1)
+    letters = grid_mask(glyphs(word), x, round(top) + 3, 1, LINE)
+    for mask, color in ((frame, wood), (letters, ink.clip(0))):
+        image += mask[..., None] * (color - image)
+    return image.round().clip(0, 255).astype(np.uint8)
+
+
 def place(wanted, rng, size=32):
     """Choose positions and radii for a parsed prompt's objects, apart from one another: list of (x, y, radius)."""
     n = len(wanted["objects"])
@@ -148,6 +215,8 @@ def place(wanted, rng, size=32):
 
 def render(wanted, rng, size=32):
     """Draw a parsed prompt: uint8 RGB [size, size, 3].  Colours that the prompt leaves open are random."""
+    if wanted["category"] == "words":
+        return draw_sign(wanted["text"], rng)
     image = np.full((size, size, 3), rng.uniform(228, 250), np.float32) + np.array([rng.uniform(-5, 5) for _ in "rgb"])
     free = rng.choice(list(PALETTE))   # several objects of one kind share a colour, as in "three squares"
     for (shape, color), (x, y, radius) in zip(wanted["objects"], place(wanted, rng, size)):
@@ -161,6 +230,10 @@ def render(wanted, rng, size=32):
 
 def contradict(wanted, rng):
     """Change a parsed prompt in the one respect that its category is about: the picture of a wrong caption."""
+    if wanted["category"] == "words":   # another letter somewhere
+        i = rng.randrange(len(wanted["text"]))
+        other = rng.choice(LETTERS.replace(wanted["text"][i], ""))
+        return {**wanted, "text": wanted["text"][:i] + other + wanted["text"][i + 1:]}
     objects, relation = list(wanted["objects"]), wanted["relation"]
     category, (shape, color) = wanted["category"], objects[0]
     other_color = rng.choice([c for c in PALETTE if all(c != have for _, have in objects)])
@@ -181,16 +254,17 @@ def contradict(wanted, rng):
     return {"category": category, "objects": objects, "relation": relation}
 
 
-def scenes(count, seed, noise=None, exclude=()):
+def scenes(count, seed, noise=None, exclude=(), sentences=None, weights=CATEGORY_WEIGHT):
     """Draw `count` scenes with their captions: (uint8 [count, 32, 32, 3], list of prompts).
 
     noise: None, or the probability, by category, that the picture contradicts its caption.
-    exclude: prompts never drawn (the held-out ones).
+    exclude: prompts never drawn (the held-out ones).  sentences: what is drawn, by category, in place of the grammar's
+    sentences about shapes; weights: how often, by category.
     """
-    rng, sentences = random.Random(seed), grammar()
+    rng, sentences = random.Random(seed), sentences or grammar()
     images, prompts = np.empty((count, 32, 32, 3), np.uint8), []
     while len(prompts) < count:
-        category = rng.choices(list(CATEGORY_WEIGHT), list(CATEGORY_WEIGHT.values()))[0]
+        category = rng.choices(list(weights), list(weights.values()))[0]
         prompt = rng.choice(sentences[category])
         if prompt in exclude:
             continue
@@ -236,11 +310,11 @@ def _templates():
     return crops.view(len(SHAPES), -1, 20, 20).mean(1)
 
 
-def detect_shapes(images):
-    """Find the objects in a batch of 32x32 pictures, uint8 RGB [B, 32, 32, 3].
+def find_components(images):
+    """Find what differs from the background in pictures, uint8 RGB [B, 32, 32, 3], as B sets of connected pixels.
 
-    Returns, for each image, a list of (shape or None, color or None, x, y) in pixels.  None stands for a blob that
-    looks like none of the six shapes or has none of the eight colours: it counts as an object, a wrong one.
+    Returns rgb [B, 32, 32, 3] and the background's [B, 1, 1, 3] in [0, 1], the distance from it [B, 32, 32], and for
+    the N components in all, in the order of their images, the image's number [N] and the mask [N, 32, 32].
     """
     rgb = torch.as_tensor(np.asarray(images), dtype=torch.float32) / 255                        # [B, 32, 32, 3]
     border = torch.cat([rgb[:, 0], rgb[:, -1], rgb[:, :, 0], rgb[:, :, -1]], 1)
@@ -252,11 +326,20 @@ def detect_shapes(images):
     keys = (torch.arange(len(rgb)).view(-1, 1, 1) * 2048 + labels.long())[foreground]
     keys, areas = torch.unique(keys, return_counts=True)
     keys = keys[areas >= _MIN_AREA]
-    found = [[] for _ in range(len(rgb))]
-    if len(keys) == 0:
-        return found
     owner = keys // 2048
-    mask = labels[owner] == (keys % 2048).view(-1, 1, 1)                                        # [N, 32, 32]
+    return rgb, background, distance, owner, labels[owner] == (keys % 2048).view(-1, 1, 1)
+
+
+def detect_shapes(images):
+    """Find the objects in a batch of 32x32 pictures, uint8 RGB [B, 32, 32, 3].
+
+    Returns, for each image, a list of (shape or None, color or None, x, y) in pixels.  None stands for a blob that
+    looks like none of the six shapes or has none of the eight colours: it counts as an object, a wrong one.
+    """
+    rgb, background, distance, owner, mask = find_components(images)
+    found = [[] for _ in range(len(rgb))]
+    if len(owner) == 0:
+        return found
     # An object's colour is the mean of its pixels that differ most from the background: edges are mixtures.
     strength = distance[owner] * mask
     core = strength > 0.75 * strength.flatten(1).quantile(0.97, dim=1).view(-1, 1, 1).clamp(max=9.0)
@@ -309,15 +392,82 @@ def score_detections(wanted, found):
     return 1.0 if score == 1.0 else min(0.9, score)
 
 
+def _pixels(images):
+    """PIL images of any size as uint8 RGB [B, 32, 32, 3]."""
+    return np.stack([np.asarray(image.convert("RGB").resize((32, 32))) for image in images])
+
+
 def shapes(images, prompts, metadata):
     """The embedded verifier: 1.0 where an image obeys its prompt, a graded score in [0, 0.9] where it does in part.
 
     Images of any size are looked at in 32x32 RGB.  Raises ValueError for a prompt outside the grammar.
     """
     wanted = [parse_prompt(prompt) for prompt in prompts]
-    pixels = np.stack([np.asarray(image.convert("RGB").resize((32, 32))) for image in images])
-    return torch.tensor([score_detections(w, f) for w, f in zip(wanted, detect_shapes(pixels))])
+    return torch.tensor([score_detections(w, f) for w, f in zip(wanted, detect_shapes(_pixels(images)))])
 
 
-shapes.check = lambda prompt, metadata: parse_prompt(prompt)
-shapes.strict = True
+def _check_shapes(prompt, fields):
+    if parse_prompt(prompt)["category"] == "words":
+        raise ValueError("it asks for a word, which is for the reward 'words'")
+
+
+shapes.check, shapes.strict = _check_shapes, True
+
+# ------------------------------------------------------------------------------------------------
+# The reader of signs
+# ------------------------------------------------------------------------------------------------
+
+_FRAME_WIDTH = 29   # pixels; a component as wide is the sign, not what is written on it
+_MIN_WORTH = 0.3    # of a glyph, 1 if it is there as drawn and -1 on blank paper, under which it is no letter
+
+
+@lru_cache
+def _letter_masks():
+    """Every letter as it is drawn, [26, 11, ADVANCE]."""
+    masks = [grid_mask(glyphs(letter), 0, 0, 1, LINE, 12)[:11, :ADVANCE] for letter in LETTERS]
+    return torch.tensor(np.array(masks), dtype=torch.float32)
+
+
+def read_words(images):
+    """Read the signs in a batch of 32x32 pictures, uint8 RGB [B, 32, 32, 3]: B strings of up to MOST_LETTERS letters.
+
+    The likeliest row of glyphs at any place: in squared error, a glyph T explains the ink w by 2 <w, T> - |T|^2 better
+    than blank paper does.  "?" stands for a letter that fits badly; what nothing fits reads "".
+    """
+    _, _, distance, owner, mask = find_components(images)
+    wide = mask.any(1).sum(-1) >= _FRAME_WIDTH
+    frames, written = (torch.zeros_like(distance).index_add_(0, owner[which], mask[which].float())
+                       for which in (wide, ~wide))
+    # Ink is 1 where a stroke covers a pixel, whatever its colour: nearly the strongest that is written.
+    strength = distance.masked_fill(written == 0, math.nan).flatten(1).nanquantile(0.9, dim=1).nan_to_num(1.0)
+    ink = (distance / strength.view(-1, 1, 1)).clamp(max=1) * (1 - frames)
+    masks = _letter_masks()
+    norms = masks.pow(2).sum((1, 2))
+    worth, letter = (2 * F.conv2d(ink[:, None], masks[:, None]) - norms.view(-1, 1, 1)).max(1)   # [B, Y, X]
+    words, most = [""] * len(ink), torch.zeros(len(ink))
+    for count in range(1, MOST_LETTERS + 1):
+        starts = worth.shape[2] - ADVANCE * (count - 1)
+        total = sum(worth[:, :, ADVANCE * k:ADVANCE * k + starts] for k in range(count))
+        value, place = total.flatten(1).max(1)
+        for i in (value > most).nonzero().flatten().tolist():
+            y, x = divmod(int(place[i]), starts)
+            row = slice(x, x + ADVANCE * count, ADVANCE)
+            fits = worth[i, y, row] / norms[letter[i, y, row]] >= _MIN_WORTH
+            words[i] = "".join(LETTERS[n] if fit else "?" for n, fit in zip(letter[i, y, row].tolist(), fits))
+        most = torch.maximum(most, value)
+    return words
+
+
+def words(images, prompts, metadata):
+    """How much of the wanted word can be read on the sign, in [0, 1]: the rule of the reward `ocr`, with read_words."""
+    read = read_words(_pixels(images))
+    wanted = [wanted_text(prompt, fields) for prompt, fields in zip(prompts, metadata)]
+    return torch.tensor([ocr_score(*pair) for pair in zip(read, wanted)])
+
+
+def _check_words(prompt, fields):
+    if parse_prompt(prompt)["category"] != "words":
+        raise ValueError("it asks for no word; it is for the reward 'shapes'")
+
+
+words.check = _check_words
