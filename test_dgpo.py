@@ -569,7 +569,7 @@ def test_gradient_checkpointing_and_compiling_leave_the_update_unchanged():
     preset, weights = throughput.PRESETS["tiny"], []
     preset = {**preset, "transformer": {**preset["transformer"], "num_layers": 1}}   # compiling takes its time
     for how in ({}, {"gradient_checkpointing": True}, {"compile": True}):
-        config = Config(device="cpu", lora_rank=4, train_batch_size=5, **how)
+        config = Config(device="cpu", lora_rank=4, train_batch_size=5, lora_targets="attn.to_q,attn.to_out.0", **how)
         torch.manual_seed(27)
         model = throughput.random_model(preset, config, PROMPTS)
         randomize(model, "current", 0.05, 26)
