@@ -162,6 +162,11 @@ def sd3():
         dual_attention_layers=(0,)), euler(), [clip(), clip(), t5(width=32)])
 
 
+# The four steps of a schedule before its time shift; None: this one is not of that form.
+GRIDS = {"1/n": [1, 3 / 4, 2 / 4, 1 / 4], "CogView4": [1, 0.667, 0.334, 0.001], "stretched": None, "SD3": None,
+         "DPM": [0.999 * k / 4 for k in (4, 3, 2, 1)], "UniPC": [1 - 0.999 * k / 4 for k in range(4)]}
+
+
 @dataclasses.dataclass
 class Family:
     """How to build a tiny pipeline, and what is known of the family: its resolution here, its names and its grid."""
@@ -169,12 +174,12 @@ class Family:
     build: callable
     scale: str = "guidance_scale"   # what its __call__ takes guidance as
     off: float = 1.0                # the value that switches guidance off
-    grid: str = "1/n"               # where its steps end before the shift: at 1/n, at 1/1000, elsewhere ("")
+    grid: str = "1/n"               # one of GRIDS
     resolution: int = 16
 
 
 FAMILIES = {
-    "SD3": Family(sd3, grid="1/1000"),
+    "SD3": Family(sd3, grid="SD3"),
     "FLUX.1": Family(flux),
     "FLUX.1, true guidance": Family(functools.partial(flux, False), scale="true_cfg_scale"),
     "Flux2 Klein": Family(lambda: pipeline("Flux2KleinPipeline", model(
@@ -183,13 +188,13 @@ FAMILIES = {
         vae=vae("AutoencoderKLFlux2", sample_size=16))),
     "Qwen-Image": Family(lambda: pipeline("QwenImagePipeline", model(
         "QwenImageTransformer2DModel", in_channels=16, out_channels=4), dynamic(shift_terminal=0.02), [qwen_vl()],
-        vae=vae("AutoencoderKLQwenImage")), scale="true_cfg_scale", grid="", resolution=32),
+        vae=vae("AutoencoderKLQwenImage")), scale="true_cfg_scale", grid="stretched", resolution=32),
     "Z-Image": Family(lambda: pipeline("ZImagePipeline", model(
         "ZImageTransformer2DModel", in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
         cap_feat_dim=16, axes_dims=[2, 2, 4], axes_lens=[256, 32, 32]), euler(), [language_model("Qwen3Model")]),
-        off=0.0, grid=""),
-    "Sana": Family(lambda: sana(euler()), grid="1/1000", resolution=32),
-    "Sana, DPM-Solver++": Family(lambda: sana(flow_solver("DPMSolverMultistepScheduler")), grid="", resolution=32),
+        off=0.0),
+    "Sana": Family(lambda: sana(euler()), grid="SD3", resolution=32),
+    "Sana, DPM-Solver++": Family(lambda: sana(flow_solver("DPMSolverMultistepScheduler")), grid="DPM", resolution=32),
     "Lumina2": Family(lambda: pipeline("Lumina2Pipeline", model(
         "Lumina2Transformer2DModel", sample_size=8, in_channels=4, hidden_size=16, num_refiner_layers=1, num_kv_heads=1,
         multiple_of=16, axes_dim_rope=(4, 2, 2), axes_lens=(300, 32, 32), cap_feat_dim=16), euler(6.0),
@@ -197,23 +202,23 @@ FAMILIES = {
     "AuraFlow": Family(lambda: pipeline("AuraFlowPipeline", model(
         "AuraFlowTransformer2DModel", sample_size=8, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
         caption_projection_dim=16, pos_embed_max_size=64), euler(1.73), [t5("UMT5")], vae=vae(shift_factor=None)),
-        grid="1/1000"),
+        grid="SD3"),
     "Chroma": Family(lambda: pipeline("ChromaPipeline", model(
         "ChromaTransformer2DModel", in_channels=16, approximator_num_channels=8, approximator_hidden_dim=16,
         approximator_layers=1), dynamic(), [t5()])),
     "CogView4": Family(lambda: pipeline("CogView4Pipeline", model(
         "CogView4Transformer2DModel", in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=16,
         condition_dim=8, pos_embed_max_size=16, sample_size=8, rope_axes_dim=(16, 16)),
-        dynamic(time_shift_type="linear"), [language_model("GlmModel")]), grid=""),
-    "Wan": Family(lambda: wan(euler()), grid="1/1000", resolution=32),
-    "Wan, UniPC": Family(lambda: wan(flow_solver("UniPCMultistepScheduler")), grid="", resolution=32),
+        dynamic(time_shift_type="linear"), [language_model("GlmModel")]), grid="CogView4"),
+    "Wan": Family(lambda: wan(euler()), grid="SD3", resolution=32),
+    "Wan, UniPC": Family(lambda: wan(flow_solver("UniPCMultistepScheduler")), grid="UniPC", resolution=32),
     # Not thought of when the adapter was written:
     "Ovis-Image": Family(lambda: pipeline("OvisImagePipeline", model(
         "OvisImageTransformer2DModel", in_channels=16, out_channels=16), dynamic(), [language_model("Qwen3Model")])),
     "Lumina-Next": Family(lambda: pipeline("LuminaPipeline", model(
         "LuminaNextDiT2DModel", sample_size=8, in_channels=4, hidden_size=16, num_kv_heads=1, multiple_of=16,
         cross_attention_dim=16), euler(1.0), [language_model("Gemma2Model", query_pre_attn_scalar=8)],
-        vae=vae(shift_factor=None)), grid="1/1000", resolution=32),
+        vae=vae(shift_factor=None)), grid="SD3", resolution=32),
     "LTX, one frame": Family(lambda: pipeline("LTXPipeline", model(
         "LTXVideoTransformer3DModel", in_channels=8, out_channels=8, cross_attention_dim=16, caption_channels=16),
         dynamic(), [t5()], vae=diffusers.AutoencoderKLLTXVideo(
@@ -314,10 +319,12 @@ def test_eulers_steps_on_our_velocities_are_the_pipelines_own_call(name, folders
         torch.testing.assert_close(ours, steps[-1].float(), rtol=1e-5, atol=1e-5)
         assert_same_picture(model.decode(ours)[0], picture)
         ends.append(ours)
-        if family.grid and guidance_scale == 1:   # the time shift, where the schedule is one of a shift
-            times = torch.linspace(1, 1 / 4, 4) if family.grid == "1/n" else None
-            expected = ode_sigmas(4, model.shift)[:-1] if times is None else shift_time(times, model.shift)
-            torch.testing.assert_close(sigmas[:-1].float(), expected, rtol=1e-5, atol=1e-5)
+        times = GRIDS[family.grid]
+        if family.grid == "SD3":   # it goes through the shift twice
+            torch.testing.assert_close(sigmas, ode_sigmas(4, model.shift), rtol=1e-5, atol=1e-5)
+        elif times is not None:
+            shifted = shift_time(torch.tensor(times), model.shift)
+            torch.testing.assert_close(sigmas[:-1].float(), shifted, rtol=1e-5, atol=1e-5)
     assert (ends[0] - ends[1]).abs().max() > 1e-3   # guidance does something
 
 
@@ -414,6 +421,7 @@ def test_a_bfloat16_model_takes_the_steps_of_its_own_call_and_its_pictures_are_f
     assert velocity.dtype == torch.float32
     assert (noise + (sigmas[1] - sigmas[0]) * velocity - steps[0]).norm() < 0.01 * velocity.norm()
     assert_same_picture(model.decode(noise.float())[0], adapt(folders(name), name).decode(noise.float())[0])
+    assert AnyPipeline(plain, model.config).vae.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ["SD3", "Flux2 Klein", "Sana", "Z-Image"])
@@ -437,8 +445,10 @@ def test_compile_takes_every_block_once(folders, monkeypatch):
     assert [block for block, _ in compiled] == blocks and all(options == {"dynamic": True} for _, options in compiled)
 
 
-def test_lora_targets_may_be_chosen(folders):
-    model = adapt(folders("FLUX.1"), "FLUX.1", lora_targets="to_q, proj_mlp")
+def test_lora_targets_and_the_length_of_texts_may_be_chosen(folders):
+    for tokens in (0, 24):
+        model = adapt(folders("FLUX.1"), "FLUX.1", lora_targets="to_q, proj_mlp", max_sequence_length=tokens)
+        assert model.texts[""][False][0][0].shape == (1, tokens or 512, 16)
     assert {name.rpartition(".")[2] for name in model.lora.layers} == {"to_q", "proj_mlp"}
 
 
