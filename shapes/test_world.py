@@ -162,7 +162,11 @@ def signs(count, seed, noise=None):
 def test_words_are_read_as_they_are_drawn_and_wrong_ones_are_refused():
     images, prompts, wanted = signs(1000, 27)
     assert {letter for word in wanted for letter in word} == set(LETTERS) and set(map(len, wanted)) == {2, 3, 4}
-    assert np.mean([read == word for read, word in zip(read_words(images), wanted)]) >= 0.98
+    soft = images.astype(float)   # as a VAE may leave it
+    for axis in (1, 2):
+        soft = 0.8 * soft + 0.1 * (np.roll(soft, 1, axis) + np.roll(soft, -1, axis))
+    for seen in (images, soft.round().astype(np.uint8)):
+        assert np.mean([read == word for read, word in zip(read_words(seen), wanted)]) >= 0.98
     for noise, right in ((None, 1.0), ({"words": 1.0}, 0.0)):   # all letters right; one of them wrong
         images, prompts, _ = signs(500, 28, noise)
         scores = words([Image.fromarray(image) for image in images], prompts, [{}] * 500)
