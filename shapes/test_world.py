@@ -12,27 +12,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from rewards import connected_components  # noqa: E402
-from shapes.world import (  # noqa: E402
-    CATEGORIES,
-    CATEGORY_WEIGHT,
-    LETTERS,
-    MOST_OBJECTS,
-    PALETTE,
-    PHRASES,
-    SHAPES,
-    contradict,
-    detect_shapes,
-    draw_sign,
-    grammar,
-    parse_prompt,
-    read_words,
-    render,
-    scenes,
-    score_detections,
-    shape_mask,
-    shapes,
-    words,
-)
+from shapes import world  # noqa: E402
 
 
 @pytest.mark.parametrize("prompt, category, objects, relation", [
@@ -46,7 +26,7 @@ from shapes.world import (  # noqa: E402
     ("A black star and a blue ring ", "color_attr", [("star", "black"), ("ring", "blue")], None),
     ("two stars and four rings", "two_object", [("star", None)] * 2 + [("ring", None)] * 4, None)])
 def test_prompts_are_read_as_the_grammar_says(prompt, category, objects, relation):
-    assert parse_prompt(prompt) == {"category": category, "objects": objects, "relation": relation}
+    assert world.parse_prompt(prompt) == {"category": category, "objects": objects, "relation": relation}
 
 
 @pytest.mark.parametrize("prompt", [
@@ -55,43 +35,43 @@ def test_prompts_are_read_as_the_grammar_says(prompt, category, objects, relatio
     'a sign that says "a1"', 'a sign that says "horse"', 'a star that says "fox"'])
 def test_prompts_outside_the_grammar_are_refused(prompt):
     with pytest.raises(ValueError, match="grammar"):
-        parse_prompt(prompt)
+        world.parse_prompt(prompt)
 
 
 def test_every_sentence_is_read_in_its_category_and_can_be_drawn_and_contradicted():
     rng = random.Random(20)
-    assert list(grammar()) == list(CATEGORIES) == list(CATEGORY_WEIGHT)
-    for category, sentences in grammar().items():
+    assert list(world.grammar()) == list(world.CATEGORIES) == list(world.CATEGORY_WEIGHT)
+    for category, sentences in world.grammar().items():
         assert len(set(sentences)) == len(sentences)
-        assert {parse_prompt(sentence)["category"] for sentence in sentences} == {category}
+        assert {world.parse_prompt(sentence)["category"] for sentence in sentences} == {category}
         for sentence in rng.sample(sentences, 20):
-            wanted = parse_prompt(sentence)
-            other = contradict(wanted, rng)
-            assert other != wanted and other["category"] == category and 1 <= len(other["objects"]) <= MOST_OBJECTS
+            wanted = world.parse_prompt(sentence)
+            other = world.contradict(wanted, rng)
+            assert other != wanted and other["category"] == category and 1 <= len(other["objects"]) <= 4
             for scene in (wanted, other):
-                picture = render(scene, rng)
+                picture = world.render(scene, rng)
                 assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
 
 
 @pytest.mark.parametrize("files, categories", [
-    (("prompts.txt", "heldout.txt"), set(CATEGORIES)), (("words.txt", "words_heldout.txt"), {"words"})])
+    (("prompts.txt", "heldout.txt"), set(world.CATEGORIES)), (("words.txt", "words_heldout.txt"), {"words"})])
 def test_prompt_files_are_disjoint_and_have_every_category(files, categories):
     contents = []
     for name in files:
         prompts = (HERE / name).read_text().splitlines()
-        assert {parse_prompt(prompt)["category"] for prompt in prompts} == categories
+        assert {world.parse_prompt(prompt)["category"] for prompt in prompts} == categories
         # By the word, as the same word in another phrase is not held out.
-        contents.append({parse_prompt(prompt).get("text", prompt) for prompt in prompts})
+        contents.append({world.parse_prompt(prompt).get("text", prompt) for prompt in prompts})
         assert len(contents[-1]) == len(prompts)
     assert not set.intersection(*contents)
 
 
 def test_scenes_are_the_same_for_a_seed_and_leave_out_what_they_should():
-    exclude = set(grammar()["position"][::2])
-    images, prompts = scenes(100, seed=21, exclude=exclude)
-    again, _ = scenes(100, seed=21, exclude=exclude)
+    exclude = set(world.grammar()["position"][::2])
+    images, prompts = world.scenes(100, seed=21, exclude=exclude)
+    again, _ = world.scenes(100, seed=21, exclude=exclude)
     assert np.array_equal(images, again) and len(prompts) == 100 and not set(prompts) & exclude
-    assert not np.array_equal(images, scenes(100, seed=22, exclude=exclude)[0])
+    assert not np.array_equal(images, world.scenes(100, seed=22, exclude=exclude)[0])
 
 
 def test_connected_components_are_the_regions_that_touch_even_at_corners():
@@ -110,32 +90,32 @@ def test_connected_components_are_the_regions_that_touch_even_at_corners():
 
 
 def test_verifier_accepts_right_pictures_and_refuses_wrong_ones_in_every_category():
-    for noise, wanted in ((None, 1.0), (dict.fromkeys(CATEGORIES, 1.0), 0.0)):
-        images, prompts = scenes(1000, seed=22, noise=noise)
-        right = (shapes([Image.fromarray(image) for image in images], prompts, None) == 1).float()
-        for category in CATEGORIES:
-            rows = [i for i, prompt in enumerate(prompts) if parse_prompt(prompt)["category"] == category]
+    for noise, wanted in ((None, 1.0), (dict.fromkeys(world.CATEGORIES, 1.0), 0.0)):
+        images, prompts = world.scenes(1000, seed=22, noise=noise)
+        right = (world.shapes([Image.fromarray(image) for image in images], prompts, None) == 1).float()
+        for category in world.CATEGORIES:
+            rows = [i for i, prompt in enumerate(prompts) if world.parse_prompt(prompt)["category"] == category]
             assert len(rows) > 40
             assert (right[rows] == wanted).float().mean() >= 0.98, (category, wanted)
 
 
 def test_verifier_scores_a_batch_as_it_scores_each_picture_alone():
-    images, prompts = scenes(60, seed=23, noise=dict.fromkeys(CATEGORIES, 0.5))
+    images, prompts = world.scenes(60, seed=23, noise=dict.fromkeys(world.CATEGORIES, 0.5))
     images[::2] = 255 - images[::2]   # dark and light backgrounds side by side: nothing may be shared over the batch
     images = [Image.fromarray(image) for image in images]
-    alone = [shapes([image], [prompt], None) for image, prompt in zip(images, prompts)]
-    assert torch.equal(shapes(images, prompts, None), torch.cat(alone))
+    alone = [world.shapes([image], [prompt], None) for image, prompt in zip(images, prompts)]
+    assert torch.equal(world.shapes(images, prompts, None), torch.cat(alone))
 
 
 def test_verifier_finds_every_shape_in_every_colour_where_it_is_and_no_name_for_anything_else():
-    places = [(shape, color) for shape in SHAPES for color in PALETTE]
+    places = [(shape, color) for shape in world.SHAPES for color in world.PALETTE]
     images = np.full((len(places) + 3, 32, 32, 3), 240.0)
     for image, (shape, color) in zip(images, places):
-        coverage = shape_mask(shape, 12.0, 19.0, 6.5)[..., None]
-        image[:] = image * (1 - coverage) + np.array(PALETTE[color]) * coverage
-    images[-1, 14:17, 4:28] = PALETTE["red"]   # a bar; a grey square; and one picture of nothing
+        coverage = world.shape_mask(shape, 12.0, 19.0, 6.5)[..., None]
+        image[:] = image * (1 - coverage) + np.array(world.PALETTE[color]) * coverage
+    images[-1, 14:17, 4:28] = world.PALETTE["red"]   # a bar; a grey square; and one picture of nothing
     images[-2, 10:20, 10:20] = 128
-    *found, nothing, (square,), (bar,) = detect_shapes(images.astype(np.uint8))
+    *found, nothing, (square,), (bar,) = world.detect_shapes(images.astype(np.uint8))
     assert square[:2] == ("square", None) and bar[:2] == (None, "red")
     assert [(each[0][:2], len(each)) for each in found] == [(pair, 1) for pair in places] and nothing == []
     assert all(abs(x - 12) < 1.5 and abs(y - 19) < 1.5 for ((_, _, x, y),) in found)
@@ -147,52 +127,52 @@ def test_verifier_grades_a_half_right_picture_by_hand():
                           ("a red circle and a pink star", (0.75 + 1) / 2),            # one colour in four marks
                           ("a circle", (1 + 0) / 2),                                   # one object too many
                           ("four circles", (1 / 4 + 1 / 2) / 2), ("a circle right of a star", (1 + 1 + 0) / 3)):
-        assert score_detections(parse_prompt(prompt), found) == pytest.approx(score)
+        assert world.score_detections(world.parse_prompt(prompt), found) == pytest.approx(score)
 
 
 def signs(count, seed, noise=None):
     """Pictures of signs with random words of two to four letters, their prompts and the words that these ask for."""
     rng = np.random.default_rng(seed)
-    wanted = ["".join(rng.choice(list(LETTERS), rng.integers(2, 5))) for _ in range(count)]
-    sentences = {"words": [PHRASES[i % len(PHRASES)].format(word) for i, word in enumerate(wanted)]}
-    images, prompts = scenes(count, seed, noise, sentences=sentences, weights={"words": 1.0})
-    return images, prompts, [parse_prompt(prompt)["text"] for prompt in prompts]
+    wanted = ["".join(rng.choice(list(world.LETTERS), rng.integers(2, 5))) for _ in range(count)]
+    sentences = {"words": [world.PHRASES[i % len(world.PHRASES)].format(word) for i, word in enumerate(wanted)]}
+    images, prompts = world.scenes(count, seed, noise, sentences=sentences, weights={"words": 1.0})
+    return images, prompts, [world.parse_prompt(prompt)["text"] for prompt in prompts]
 
 
 def test_words_are_read_as_they_are_drawn_and_wrong_ones_are_refused():
     images, prompts, wanted = signs(1000, 27)
-    assert {letter for word in wanted for letter in word} == set(LETTERS) and set(map(len, wanted)) == {2, 3, 4}
+    assert {letter for word in wanted for letter in word} == set(world.LETTERS) and set(map(len, wanted)) == {2, 3, 4}
     soft = images.astype(float)   # as a VAE may leave it
     for axis in (1, 2):
         soft = 0.8 * soft + 0.1 * (np.roll(soft, 1, axis) + np.roll(soft, -1, axis))
     for seen in (images, soft.round().astype(np.uint8)):
-        assert np.mean([read == word for read, word in zip(read_words(seen), wanted)]) >= 0.98
+        assert np.mean([read == word for read, word in zip(world.read_words(seen), wanted)]) >= 0.98
     for noise, right in ((None, 1.0), ({"words": 1.0}, 0.0)):   # all letters right; one of them wrong
         images, prompts, _ = signs(500, 28, noise)
-        scores = words([Image.fromarray(image) for image in images], prompts, [{}] * 500)
+        scores = world.words([Image.fromarray(image) for image in images], prompts, [{}] * 500)
         assert ((scores == 1) == right).float().mean() >= 0.98 and scores.min() >= 0 and scores.max() <= 1
 
 
 def test_words_are_read_in_each_picture_alone_and_what_is_no_letter_is_not_read():
     images, _, wanted = signs(30, 29)
     images[::2] = 255 - images[::2]   # pale letters on dark signs are read as well
-    assert read_words(images) == [read_words(image[None])[0] for image in images] == wanted
+    assert world.read_words(images) == [world.read_words(image[None])[0] for image in images] == wanted
     nothing = [*(np.full((32, 32, 3), level, np.uint8) for level in (0, 128, 255)),
                np.random.default_rng(30).integers(0, 256, (32, 32, 3), np.uint8)]
-    assert read_words(nothing) == [""] * 4
-    image = draw_sign("fox", random.Random(3))   # with its o, a cell of 5x11 pixels, blank, striped, chequered, full
+    assert world.read_words(nothing) == [""] * 4
+    image = world.draw_sign("fox", random.Random(3))   # with its o, 5x11 pixels, blank, striped, chequered, full
     y, x = np.mgrid[:11, :5]
     for cell, read in ((y < 0, "f?x"), (y % 2 == 0, "f?x"), ((x + y) % 2 == 0, "f?x"), (y >= 0, "fbx")):
         image[14:25, 12:17] = np.where(cell[..., None], image[14, 8], image[16, 27])
-        assert read_words(image[None]) == [read]
+        assert world.read_words(image[None]) == [read]
 
 
 def test_words_are_wanted_as_the_phrases_say_and_each_reward_refuses_the_others_prompts():
-    for phrase in PHRASES:
-        wanted = parse_prompt(phrase.format("fox").upper())
+    for phrase in world.PHRASES:
+        wanted = world.parse_prompt(phrase.format("fox").upper())
         assert wanted == {"category": "words", "objects": [], "relation": None, "text": "fox"}
-    words.check('the word "fox" on a sign', {})
-    shapes.check("a star", {})
-    for reward, prompt in ((words, "a star"), (shapes, 'a sign that says "fox"'), (words, 'a sign that says "foxes"')):
+    world.words.check('the word "fox" on a sign', {})
+    world.shapes.check("a star", {})
+    for name, prompt in (("words", "a star"), ("shapes", 'a sign that says "fox"'), ("words", 'a sign with "foxes"')):
         with pytest.raises(ValueError, match="it (asks for|is not)"):
-            reward.check(prompt, {})
+            getattr(world, name).check(prompt, {})
