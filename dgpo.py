@@ -433,7 +433,9 @@ class SD3:
         """
         self.texts = {p: self.texts.get(p) for p in prompts}
         missing = [p for p, text in self.texts.items() if text is None]
-        for encoder in self.encoders if missing else ():
+        if not missing:
+            return
+        for encoder in self.encoders:
             encoder.to(self.device)
         for i in range(0, len(missing), 16):
             batch = missing[i:i + 16]
@@ -443,12 +445,12 @@ class SD3:
                 max_sequence_length=self.max_sequence_length)
             for prompt, *text in zip(batch, tokens.cpu(), pooled.cpu()):
                 self.texts[prompt] = [part.clone() for part in text]   # a view would keep its whole batch
-        for encoder in self.encoders if missing else ():
+        for encoder in self.encoders:
             encoder.to("cpu")
         # The T5 reads furthest; without it, both CLIPs read equally far.
         tokenizer, most = ((self.pipe.tokenizer_3, self.max_sequence_length) if self.pipe.tokenizer_3 else
                            (self.pipe.tokenizer, self.pipe.tokenizer_max_length))
-        if missing and (long := sum(len(ids) > most for ids in tokenizer(missing).input_ids)):
+        if long := sum(len(ids) > most for ids in tokenizer(missing).input_ids):
             print(f"{long} of {len(missing)} prompts are longer than the text encoders read, and are cut off")
 
     def embeddings(self, prompts):
@@ -664,10 +666,10 @@ def train(config):
                                   weight_decay=config.weight_decay)
     run = Run(config, about(model, rewards, rows, held_out)) if processes()[0] == 0 else None
     lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
-    step = encoded = max((line["step"] for line in lines), default=0)
+    step = max((line["step"] for line in lines), default=0)
     if len(set(gather(lambda: step))) > 1:
         raise UserError(f"not all processes see the run in {config.output_dir}: it must lie on a disk that all share")
-    encode_ahead(model, rows, held_out, step, config)
+    encoded = encode_ahead(model, rows, held_out, step, config)
     before = after = evaluate(model, rewards, held_out, config, "base")
     if step or config.lora:
         after = evaluate(model, rewards, held_out, config, "ema")
@@ -1093,8 +1095,8 @@ def prepare(config):
     names = config.reward.split(",") if config.evaluate else [config.reward, *watched]   # the first is trained on
     rewards = {name: load_reward(name, config.device) for name in names}
 
-    def check(row, judges=rewards.values()):
-        for judge in judges:
+    def check(row):
+        for judge in rewards.values():
             judge.check(row["prompt"], row)
 
     rows = load_prompts(config.prompt_file, check)

@@ -563,9 +563,8 @@ def weights_of(run):
     return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*.safetensors")}
 
 
-@pytest.mark.parametrize("name, guidance_scale", [("FLUX.1", 3.5), ("Qwen-Image", 4.0), ("Wan", 1.0)])
-def test_dgpo_trains_the_pipeline_of_a_folder_and_a_resumed_run_is_the_one_that_never_stopped(
-        name, guidance_scale, folders, tmp_path):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dgpo_trains_the_pipeline_of_a_folder_and_a_resumed_run_is_the_one_that_never_stopped(name, folders, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(f"{color} {shape}" for color in ("a red", "a blue", "one green")
                                                     for shape in ("circle", "star", "ring")))
     (tmp_path / "mine.py").write_text("import numpy as np\ndef left(images, prompts, metadata):\n"
@@ -573,41 +572,28 @@ def test_dgpo_trains_the_pipeline_of_a_folder_and_a_resumed_run_is_the_one_that_
     flags = {"model": folders(name), "prompt-file": tmp_path / "prompts.txt", "reward": f"{tmp_path / 'mine.py'}:left",
              "resolution": FAMILIES[name].resolution, "device": "cpu", "dtype": "float32", "groups-per-step": 2,
              "group-size": 3, "num-inference-steps": 3, "eval-num-inference-steps": 3, "eval-images": 1, "lora-rank": 4,
-             "guidance-scale": guidance_scale, "max-sequence-length": 0, "learning-rate": 0.01, "train-batch-size": 2,
+             "guidance-scale": {"FLUX.1": 3.5, "Qwen-Image": 4.0}.get(name, 1.0), "learning-rate": 0.01,
+             "max-sequence-length": 16 if name == "SD3" else 0, "train-batch-size": 2,   # SD3 has no own
              "rollout-old-after": 1, "save-every": 1, "eval-every": 1}
     command = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+    # Refused for the one, as above; the other's transformer has none.
+    command += ["--no-gradient-checkpointing"] if name in ("Chroma", "Lumina-Next") else []
+    before = {path: path.read_bytes() for path in Path(folders(name)).rglob("*.safetensors")}
     runs = tmp_path / "straight", tmp_path / "halves"
     assert main([*command, "--steps", "2", "--output-dir", str(runs[0])]) == 0
     assert main([*command, "--steps", "1", "--output-dir", str(runs[1])]) == 0
+    one, two = (load_file(runs[i] / "lora/pytorch_lora_weights.safetensors") for i in (1, 0))
+    moved = [key for key in one if "lora_B" in key and one[key].any()]
+    assert moved and any(not torch.equal(one[key], two[key]) for key in moved)
     assert main(["--resume", str(runs[1]), "--steps", "2"]) == 0
     assert weights_of(runs[0]) == weights_of(runs[1]) and len(weights_of(runs[0])) >= 1
     metrics = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     assert any(line.get("loss") for line in metrics) and any(line.get("kl", 0) > 0 for line in metrics)
+    assert before == {path: path.read_bytes() for path in before}   # nothing but the LoRA is trained
+    if name in NO_LORA_LOADER:
+        return
     plain = load(folders(name))
     plain.load_lora_weights(runs[0] / "lora")
     _, changed, *_ = own_call(plain, FAMILIES[name], PROMPTS[0], 1.0)
     _, base, *_ = own_call(load(folders(name)), FAMILIES[name], PROMPTS[0], 1.0)
     assert (changed[-1] - base[-1]).norm() > 1e-3 * base[-1].norm()
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("FLUX.1", "Qwen-Image", "Wan")])
-def test_a_step_through_the_command_line_moves_the_lora_alone_and_a_resumed_run_is_the_same(name, folders, tmp_path):
-    for file, prompts in (("prompts.txt", "a star\na ring\n"), ("heldout.txt", "two rings\n")):
-        (tmp_path / file).write_text(prompts)
-    settings = {"model": folders(name), "prompt-file": tmp_path / "prompts.txt", "reward": "jpeg_incompressibility",
-                "device": "cpu", "dtype": "float32", "resolution": FAMILIES[name].resolution, "groups-per-step": 2,
-                "group-size": 2, "num-inference-steps": 2, "eval-num-inference-steps": 2, "eval-images": 1,
-                "timesteps-per-rollout": 1, "lora-rank": 2, "max-sequence-length": 16, "learning-rate": 0.01,
-                "guidance-scale": 1.0, "save-every": 1, "eval-every": 9, "clip-range": 0.0}
-    flags = ["--no-gradient-checkpointing", *(f"--{key}={value}" for key, value in settings.items())]
-    before = {path: path.read_bytes() for path in Path(folders(name)).rglob("*.safetensors")}
-    assert main([*flags, "--output-dir", str(tmp_path / "straight"), "--steps", "2"]) == 0
-    assert main([*flags, "--output-dir", str(tmp_path / "halves"), "--steps", "1"]) == 0
-    one = load_file(tmp_path / "halves/lora/pytorch_lora_weights.safetensors")
-    assert main(["--resume", str(tmp_path / "halves"), "--steps", "2"]) == 0
-    straight, halves = (load_file(tmp_path / run / "lora/pytorch_lora_weights.safetensors")
-                        for run in ("straight", "halves"))
-    assert all(torch.equal(straight[key], halves[key]) for key in straight)
-    moved = [key for key in one if "lora_B" in key and one[key].any()]
-    assert moved and any(not torch.equal(one[key], straight[key]) for key in moved)
-    assert before == {path: path.read_bytes() for path in before}
