@@ -28,7 +28,6 @@ Departures from the paper and from its authors' published code:
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import fcntl
 import hashlib
 import importlib
@@ -52,17 +51,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
-from rewards import UserError, blame, load_reward, prompt_category, quiet_libraries
+from rewards import UserError, blame, load_pretrained, load_reward, prompt_category, quiet_libraries
 
 # ---- SETTINGS: this list is the command line -----------------------------------------------------------------------
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent / "shapes/model"
-MAX_SKIPPED = 10      # steps in a row whose gradient may be infinite before a run gives up
 TEXTS_AHEAD = 2048    # prompts kept encoded in main memory, besides the held-out ones
 PICTURED = 12         # held-out prompts whose images are shown and saved
 POLICIES = ("current", "old", "ema")   # trained; behind it, for clip and rollouts; its average, evaluated and exported
@@ -75,7 +73,7 @@ PAPER = dict(
     guidance_scale=4.5, resolution=512, max_sequence_length=128, rollout_old_after=200, t_min=0.4,
     updates_per_rollout=1, beta=100.0, clip_range=1e-2, kl_weight=2e-2, old_decay=0.3, old_decay_ramp=1e-3,
     learning_rate=3e-4, learning_rate_decay=0, lora_rank=64, ema_decay=0.987, rollout_batch_size=24,
-    train_batch_size=24, gradient_checkpointing=True, eval_num_inference_steps=14)
+    train_batch_size=24, gradient_checkpointing=True, eval_prompts=100, eval_num_inference_steps=14)
 
 
 def setting(default, help, low=1, high=10 ** 9, choices=None, free=False):
@@ -141,7 +139,7 @@ class Config:
     compile: bool = setting(False, "compile the transformer's blocks, once for all batch sizes", free=True)
     # Evaluation and saving
     eval_every: int = setting(50, "steps between evaluations on held-out prompts")
-    eval_prompts: int = setting(0, "held-out prompts used, the first N of the file, 0: all", low=0)
+    eval_prompts: int = setting(0, "how many of the held-out prompts are used, 0: all", low=0)
     eval_images: int = setting(4, "images a held-out prompt, from noises that stay the same")
     eval_num_inference_steps: int = setting(10, "solver steps of evaluation (paper: 14)")
     save_every: int = setting(50, "steps between checkpoints", free=True)
@@ -248,21 +246,15 @@ def dgpo_loss(error, ref_error, advantages, beta):
     return -F.logsigmoid(-S).mean() / beta
 
 
-def past_clip(error, old_error, advantages, clip_range):
-    """Which samples moved far enough from the old policy already: bool [P, G] from [P, G] each.
+def clip_error(error, old_error, advantages, clip_range):
+    """PPO-style clip, all [P, G]: (the same errors, without gradient where a sample moved far enough; where: bool).
 
-    With ratio = exp(old_error - error): A > 0 at ratio > 1 + clip_range, A < 0 at ratio < 1 - clip_range.
+    With ratio = exp(old_error - error): A > 0 at ratio > 1 + clip_range, A < 0 at ratio < 1 - clip_range.  The error of
+    a rejected sample can grow without bound, and would; values stay, so S keeps its meaning.
     """
     ratio = torch.exp(old_error - error.detach())
-    return ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
-
-
-def clip_error(error, old_error, advantages, clip_range):
-    """PPO-style clip, [P, G] each: the same errors, with no gradient for the samples that are `past_clip`.
-
-    The error of a rejected sample can grow without bound, and would; values stay, so S keeps its meaning.
-    """
-    return torch.where(past_clip(error, old_error, advantages, clip_range), error.detach(), error)
+    past = ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
+    return torch.where(past, error.detach(), error), past
 
 
 # ---- LORA AND THE POLICIES: one frozen model, several sets of low-rank weights -------------------------------------
@@ -330,13 +322,13 @@ class LoRA:
 
     def load(self, folder, policy="ema"):
         """Read what `export` wrote into one policy, of whatever rank it is.  Raises UserError."""
-        with blame(f"--lora {folder}: pytorch_lora_weights.safetensors there cannot be read"):
+        with blame(f"--lora {folder} does not hold this model's LoRA"):
             tensors = load_file(Path(folder) / "pytorch_lora_weights.safetensors")
-        if odd := tensors.keys() ^ {f"transformer.{name}.lora_{key}.weight" for name in self.layers for key in "AB"}:
-            raise UserError(f"--lora {folder} has other layers than --lora-targets, {min(odd)} for one")
-        for name, layer in self.layers.items():
-            down, up = (tensors[f"transformer.{name}.lora_{key}.weight"].float() for key in "AB")
-            layer.policies[policy] = [t.to(layer.base.weight.device) for t in (down, up / layer.scale)]
+            if len(tensors) != 2 * len(self.layers):
+                raise ValueError(f"it has {len(tensors) // 2} layers, and --lora-targets ask for {len(self.layers)}")
+            for name, layer in self.layers.items():
+                down, up = (tensors[f"transformer.{name}.lora_{key}.weight"].float() for key in "AB")
+                layer.policies[policy] = [t.to(layer.base.weight.device) for t in (down, up / layer.scale)]
 
     def export(self, folder, policy="ema", **about):
         """Write one policy as diffusers' LoRA file, for `pipe.load_lora_weights(folder)`, and `about` beside it."""
@@ -361,13 +353,11 @@ class LoRA:
 
 def load_model(config):
     """The model of --model, a folder (no hub is asked) or a hub id, ready for the loop.  Raises UserError."""
-    # Imported late, and quietly, so that --help and errors of the command line come at once.
     quiet_libraries()
-    import diffusers
+    import diffusers  # late, so that --help and errors of the command line come at once
     path, local, parts = config.model, os.path.isdir(config.model), {}
     diffusers.utils.logging.set_verbosity_error()
-    if local:
-        diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
     hint = "" if local else " (for a hub id: accept the licence on its page, run `hf auth login`, check the network)"
     with blame(f"--model {path} cannot be loaded{hint}"):
         index = diffusers.DiffusionPipeline.load_config(path, local_files_only=local)
@@ -378,13 +368,9 @@ def load_model(config):
                 raise UserError(f"--model {path} has no folder {name}")   # an empty tokenizer would be made up
             elif library in ("diffusers", "transformers"):
                 kind = getattr(importlib.import_module(library), kind)
-                if issubclass(kind, nn.Module):
+                if issubclass(kind, nn.Module):   # one by one, as what is missing would be drawn at random
                     dtype = torch.float32 if name == "vae" else getattr(torch, config.dtype)
-                    parts[name], report = kind.from_pretrained(
-                        path, subfolder=name, local_files_only=local, output_loading_info=True, torch_dtype=dtype)
-                    # What is missing would be drawn at random, with a warning at the most.
-                    if missing := set(report["missing_keys"]) & {key for key, _ in parts[name].named_parameters()}:
-                        raise UserError(f"--model {path}: its {name} has no weights for {min(missing)}")
+                    parts[name] = load_pretrained(kind, path, "cpu", dtype, subfolder=name)
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=local, **parts)
     if type(pipe).__name__ == "StableDiffusion3Pipeline":
         return SD3(pipe, config)
@@ -404,10 +390,8 @@ class SD3:
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.max_sequence_length = config.max_sequence_length
         self.encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
-        for module in (self.vae, self.transformer, *self.encoders):
-            module.requires_grad_(False).eval()
-        self.transformer.to(self.device, self.dtype)
-        self.vae.to(self.device, torch.float32)   # the half types overflow in it or cost it visible precision
+        self.transformer.to(self.device)
+        self.vae.to(self.device)   # in float32: the half types overflow in it or cost it visible precision
         targets = [target.strip() for target in (config.lora_targets or self.lora_targets).split(",")]
         self.lora = LoRA(self.transformer, config.lora_rank, 2 * config.lora_rank, targets, config.seed)
         if config.gradient_checkpointing:
@@ -426,10 +410,9 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Encode the prompts that are not remembered yet, in batches, and forget all others; cut off what is too long.
+        """Encode the prompts that are not remembered yet and forget all others; what is too long is cut off.
 
-        The text encoders visit the device for this only, and the embeddings stay in main memory: with a T5, one prompt
-        is 1.7 MB.
+        The text encoders visit the device for this only, and the embeddings (T5: 1.7 MB) stay in main memory.
         """
         self.texts = {p: self.texts.get(p) for p in prompts}
         missing = [p for p, text in self.texts.items() if text is None]
@@ -447,9 +430,8 @@ class SD3:
                 self.texts[prompt] = [part.clone() for part in text]   # a view would keep its whole batch
         for encoder in self.encoders:
             encoder.to("cpu")
-        # The T5 reads furthest; without it, both CLIPs read equally far.
-        tokenizer, most = ((self.pipe.tokenizer_3, self.max_sequence_length) if self.pipe.tokenizer_3 else
-                           (self.pipe.tokenizer, self.pipe.tokenizer_max_length))
+        tokenizer = self.pipe.tokenizer_3 or self.pipe.tokenizer   # the T5 reads furthest, both CLIPs equally far
+        most = self.max_sequence_length if self.pipe.tokenizer_3 else self.pipe.tokenizer_max_length
         if long := sum(len(ids) > most for ids in tokenizer(missing).input_ids):
             print(f"{long} of {len(missing)} prompts are longer than the text encoders read, and are cut off")
 
@@ -551,8 +533,8 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
         # To the frozen model even where the reference of S moves: without an anchor, all errors drift upwards.
         kl = mean_squared(v - frozen)                                                              # [r, G]
         if config.clip_range:
-            live = clip_error(error, old_error, A, config.clip_range)
-            sums["clip_fraction"] += past_clip(error, old_error, A, config.clip_range).float().mean(1).sum()
+            live, past = clip_error(error, old_error, A, config.clip_range)
+            sums["clip_fraction"] += past.float().mean(1).sum()
         loss = dgpo_loss(live, ref_error, A, config.beta) * len(A)
         (loss / total_rows + config.kl_weight * kl.sum() / (total_rows * G)).backward()
         sums["loss"] += loss.detach()
@@ -561,21 +543,19 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
 
 
 def optimizer_step(model, optimizer, done, config):
-    """Take the `done + 1`-th step of a run on the gradients there are, and let the other policies follow.
-
-    Returns the gradient's norm; where that is not finite nothing moves.
-    """
+    """Take the `done + 1`-th step of a run, let the other policies follow, and return the gradient's norm."""
     norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), config.max_grad_norm or math.inf).item()
     if config.learning_rate_decay:
         # A function of the step alone, not of --steps: a run can be made longer without having been another run.
         step = done // config.updates_per_rollout
         for parameters in optimizer.param_groups:
             parameters["lr"] = config.learning_rate / (1 + step / config.learning_rate_decay) ** 0.5
-    if math.isfinite(norm):   # one that is not would spoil every weight and AdamW's moments for good
-        optimizer.step()
-        model.lora.follow("old", min(config.old_decay, config.old_decay_ramp * done))
-        # Early on a long average would be mostly the untrained model: (1 + k) / (10 + k) opens it gradually.
-        model.lora.follow("ema", min(config.ema_decay, (2 + done) / (11 + done)))
+    if not math.isfinite(norm):   # it would spoil every weight and AdamW's moments for good
+        raise FloatingPointError("the gradient is not finite; try a lower --learning-rate")
+    optimizer.step()
+    model.lora.follow("old", min(config.old_decay, config.old_decay_ramp * done))
+    # Early on a long average would be mostly the untrained model: (1 + k) / (10 + k) opens it gradually.
+    model.lora.follow("ema", min(config.ema_decay, (2 + done) / (11 + done)))
     optimizer.zero_grad(set_to_none=True)
     return norm
 
@@ -594,7 +574,7 @@ def update(model, optimizer, x0, prompts, advantages, config, step, accumulate=a
     with_signal = int((advantages != 0).any(1).sum())
     prompts, advantages = prompts[mine], advantages[mine]
     useful = advantages.abs().sum(1).nonzero()[:, 0].cpu()
-    totals = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm", "skipped_updates"), 0.0)
+    totals = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm"), 0.0)
     for k in range(steps if with_signal else 0):
         columns = range(k * M // steps, (k + 1) * M // steps)
         group, column = (t.flatten() for t in torch.meshgrid(useful, torch.tensor(columns), indexing="ij"))
@@ -603,13 +583,9 @@ def update(model, optimizer, x0, prompts, advantages, config, step, accumulate=a
             sums = accumulate(model, x0[group], [prompts[g] for g in group], advantages[group],
                               sigma[group, column], noise[group, column], config, P * len(columns))
         sum_gradients(model.lora.weights("current"))
-        norm = optimizer_step(model, optimizer, step * steps + k, config)
-        if not math.isfinite(norm):
-            totals["skipped_updates"] += 1
-            continue
+        totals["gradient_norm"] += optimizer_step(model, optimizer, step * steps + k, config) / steps
         for name, value in sums.items():
-            totals[name] += value / (with_signal * len(columns) * steps)
-        totals["gradient_norm"] += norm / steps
+            totals[name] += value / (with_signal * M)
     shares = gather(lambda: totals)
     return {**totals, **{name: sum(share[name] for share in shares) for name in ("loss", "kl", "clip_fraction")},
             "learning_rate": optimizer.param_groups[0]["lr"]}
@@ -626,105 +602,101 @@ def rows_of_step(rows, step, config):
     return [rows[orders[place // len(rows)][place % len(rows)]] for place in places]
 
 
-def encode_ahead(model, rows, held_out, step, config):
-    """Let the model encode the held-out prompts and those of the steps to come, up to the step that is returned."""
-    last = min(config.steps, step + max(1, TEXTS_AHEAD // config.groups_per_step))
-    mine = own(config.groups_per_step)
-    ahead = [row for later in range(step, last) for row in rows_of_step(rows, later, config)[mine]]
-    model.encode(["", *(row["prompt"] for row in [*held_out[own(len(held_out))], *ahead])])
-    return last
-
-
 def train_step(model, optimizer, reward, rows, step, config, accumulate=accumulate_gradients):
     """One step of Algorithm 1: rollout, rewards, advantages, update.  Returns the step's metrics."""
     P, G, mine = config.groups_per_step, config.group_size, own(config.groups_per_step)
     policy = "old" if 0 < config.rollout_old_after < step * config.updates_per_rollout else "current"
     repeated = [row for row in rows[mine] for _ in range(G)]
-    prompts, clock = [row["prompt"] for row in repeated], [time.monotonic()]
+    prompts, start = [row["prompt"] for row in repeated], time.monotonic()
     # Drawn for all, so that a group's noise does not depend on who owns it.
     noise = torch.randn(P * G, *model.latent_shape, generator=seeded(config.seed, "rollout", step))  # [B, C, H, W]
     noise = noise[mine.start * G:mine.stop * G]
     x0, images = rollout(model, prompts, noise, config.num_inference_steps, policy, config)
-    clock.append(time.monotonic())
     rewards = torch.cat(gather(lambda: reward(images, prompts, repeated).view(-1, G)))             # [P, G]
-    clock.append(time.monotonic())
+    rolled_out = time.monotonic()
     advantages = group_advantages(rewards, config.advantage_std).to(model.device)                  # [P, G]
     metrics = update(model, optimizer, x0.unflatten(0, (-1, G)), [row["prompt"] for row in rows], advantages, config,
                      step, accumulate)
-    clock.append(time.monotonic())
     return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
-            **({"strict": (rewards >= 1).float().mean().item()} if reward.strict else {}),
             "zero_groups": (advantages == 0).all(1).float().mean().item(), **metrics,
-            **{f"seconds_{name}": clock[i + 1] - clock[i] for i, name in enumerate(("rollout", "reward", "update"))}}
+            "seconds_rollout": rolled_out - start, "seconds_update": time.monotonic() - rolled_out}
 
 
 def train(config):
-    """Algorithm 1, or with --evaluate its evaluation alone.  Returns the signal that ended it early, or None."""
+    """Algorithm 1, or with --evaluate its evaluation alone.  Returns the signal that ended it early, or 0."""
     model, rewards, rows, held_out = prepare(config)
-    reward = next(iter(rewards.values()))
     optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
                                   weight_decay=config.weight_decay)
-    run = Run(config, about(model, rewards, rows, held_out)) if processes()[0] == 0 else None
     lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
-    step = max((line["step"] for line in lines), default=0)
+    step = encoded = lines[-1]["step"] if lines else 0
     if len(set(gather(lambda: step))) > 1:
         raise UserError(f"not all processes see the run in {config.output_dir}: it must lie on a disk that all share")
-    encoded = encode_ahead(model, rows, held_out, step, config)
+    first, heard, stopped_by = processes()[0] == 0, hear_signals(), 0
+    run = Run(config, about(model, rewards, rows, held_out), lines) if first else None
     before = after = evaluate(model, rewards, held_out, config, "base")
-    if step or config.lora:
-        after = evaluate(model, rewards, held_out, config, "ema")
-    if run:
-        run.go_on(lines)
-        if not lines:
-            run.record(0, *before, held_out, rewards, model.lora)
-        # A judge that raised may have left out the evaluation of the step a run goes on from.
-        if config.lora or (step and step % config.eval_every == 0 and "evaluation" not in lines[-1]):
-            run.record(step, *after, held_out, rewards, model.lora)
-    skipped, stopped_by = 0, None
+    if first and not lines:
+        run.record(0, *before, held_out, model.lora)
     try:
-        with stop_signals() as heard, tqdm(total=config.steps, initial=step, desc="dgpo", bar_format=BAR) as bar:
-            while step < config.steps and stopped_by is None:
-                if step >= encoded:
-                    encoded = encode_ahead(model, rows, held_out, step, config)
-                metrics = train_step(model, optimizer, reward, rows_of_step(rows, step, config), step, config)
-                step += 1
-                skipped = skipped + 1 if metrics["skipped_updates"] else 0   # steps in a row with an update left out
-                if skipped == MAX_SKIPPED:
-                    raise FloatingPointError(f"no finite gradient in {skipped} steps; try a lower --learning-rate")
-                due = step % config.eval_every == 0 or step == config.steps
-                if run:
-                    run.log({"step": step, **metrics})
-                    bar.set_postfix({"held-out": f"{run.scores()[-1][1]:.3f}", **{
-                        name: f"{metrics[name]:.3g}" for name in ("reward_mean", "loss", "kl")}}, refresh=False)
-                    bar.update()
-                if due:
+        with tqdm(total=config.steps, initial=step, desc="dgpo", bar_format=BAR) as bar:
+            while True:
+                if config.lora or step and (step % config.eval_every == 0 or step == config.steps):
                     after = evaluate(model, rewards, held_out, config, "ema")
-                    if run:
-                        run.record(step, *after, held_out, rewards, model.lora)
-                stopped_by = max(gather(lambda: max(heard, default=0))) or None   # all stop after the same step
-                if run and (step % config.save_every == 0 or step == config.steps or stopped_by):
+                    if first and (config.lora or "evaluation" not in run.lines[-1]):
+                        run.record(step, *after, held_out, model.lora)
+                if first and step and (step % config.save_every == 0 or step == config.steps or stopped_by):
                     run.save(model, optimizer, step)
+                if step >= config.steps or stopped_by:
+                    break
+                if step >= encoded:   # many steps' prompts at once, as the text encoders come to the device for it
+                    encoded = min(config.steps, step + max(1, TEXTS_AHEAD // config.groups_per_step))
+                    ahead = [row for later in range(step, encoded)
+                             for row in rows_of_step(rows, later, config)[own(config.groups_per_step)]]
+                    model.encode(["", *(row["prompt"] for row in [*held_out[own(len(held_out))], *ahead])])
+                metrics = train_step(model, optimizer, rewards[config.reward], rows_of_step(rows, step, config), step,
+                                     config)
+                step += 1
+                stopped_by = max(gather(lambda: max(heard, default=0)))   # all stop after the same step
+                if first:
+                    run.log({"step": step, **metrics})
+                    shown = {name: f"{metrics[name]:.3g}" for name in ("reward_mean", "loss", "kl")}
+                    bar.set_postfix({"held-out": f"{run.scores()[-1][1]:.3f}", **shown}, refresh=False)
+                    bar.update()
     except UserError:   # of a reward, before the step's update: what is saved is the end of the last step
-        if run:
+        if first and step:
             run.save(model, optimizer, step)
         raise
-    if stopped_by and step < config.steps:
+    if step < config.steps:
         print(f"stopped after step {step}; --resume {config.output_dir} goes on", file=sys.stderr)
         return stopped_by
-    if run:
-        run.report(before, after, held_out, rewards)
-    return None
+    if first:
+        run.report(before, after, held_out)
+    return 0
+
+
+def hear_signals():
+    """A list in which the first SIGINT, SIGTERM or SIGHUP lands from now on; a second one ends the process at once."""
+    heard = []
+
+    def receive(number, frame):
+        if heard:
+            os._exit(128 + number)
+        heard.append(number)   # a step takes minutes on a large model, so say that the signal was heard
+        print("\nstopping when this step is done; once more to stop at once, unsaved", file=sys.stderr)
+
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, receive)
+    return heard
 
 
 # ---- EVALUATION: held-out prompts, always from the same noise ------------------------------------------------------
 
 
 def evaluate(model, rewards, rows, config, policy):
-    """Score the policy on N prompts, K images each: (dict name -> [N, K], one of each reward; list of images).
+    """Score the policy on N prompts, K images each: (dict name -> scores [N, K], list of images).
 
-    rewards: dict name -> reward; rows: N dicts with "prompt", handed to the rewards as metadata.  The noises depend on
-    nothing but the shape, so every evaluation of every run sees the same ones.  Many processes share the prompts, and
-    exchange all scores, but only the images of the PICTURED prompts.
+    rewards: dict name -> reward; rows: N dicts with "prompt", handed to the rewards as metadata.  Where a reward of 1
+    means "all right", the strict accuracy "NAME, strict" stands before the reward itself.  The noises depend on nothing
+    but the shape.  Many processes share the prompts; all get all scores, and the images of the PICTURED prompts.
     """
     N, K, mine = len(rows), config.eval_images, own(len(rows))
     repeated = [row for row in rows[mine] for _ in range(K)]
@@ -733,87 +705,51 @@ def evaluate(model, rewards, rows, config, policy):
     _, images = rollout(model, prompts, noise, config.eval_num_inference_steps, policy, config)
 
     def share():
-        scores = {name: reward(images, prompts, repeated).view(-1, K) for name, reward in rewards.items()}
+        scores = {}
+        for name, reward in rewards.items():
+            score = reward(images, prompts, repeated).view(-1, K)
+            scores |= {f"{name}, strict": (score >= 1).float(), name: score} if reward.strict else {name: score}
         return scores, images[:max(0, PICTURED - mine.start) * K] if processes()[1] > 1 else images
 
     shares = gather(share)
-    return ({name: torch.cat([scores[name] for scores, _ in shares]) for name in rewards},
+    return ({name: torch.cat([scores[name] for scores, _ in shares]) for name in shares[0][0]},
             [image for _, images in shares for image in images])
 
 
-def summarize(scores, rows, strict):
-    """Mean and standard error over prompts of scores [N, K], whole and by category: dict.
-
-    The "score" is the strict accuracy, the share of images with the reward 1, for rewards where that means "all right".
-    """
-    score = ((scores >= 1).float() if strict else scores).mean(1)                                  # [N]
-    categories = [prompt_category(row["prompt"], row) for row in rows]
-    return {"reward": scores.mean().item(), "score": score.mean().item(),
-            "error": score.std(correction=0).item() / max(1, len(score) - 1) ** 0.5,
+def summarize(scores, rows):
+    """Mean and standard error over prompts of scores [N, K], and the mean of each category: dict."""
+    score, categories = scores.mean(1), [prompt_category(row["prompt"], row) for row in rows]      # [N]
+    return {"score": score.mean().item(), "error": score.std(correction=0).item() / max(1, len(score) - 1) ** 0.5,
             "categories": {c: score[[c == have for have in categories]].mean().item()
                            for c in dict.fromkeys(categories)}}
 
 
-def comparison(name, before, after, rows, strict):
-    """The table of one reward, categories by rows, from scores [N, K] before and after: (text, whether it fell).
+def comparison(name, before, after, rows):
+    """The table of scores [N, K] before and after, categories by rows: (text, whether they fell).
 
     A fall is a change of the mean below minus twice its standard error, which is taken over the same prompts.
     """
-    change = summarize(((after >= 1).float() - (before >= 1).float()) if strict else after - before, rows, False)
-    change["reward"] = (after - before).mean().item()
-    columns = [summarize(before, rows, strict), summarize(after, rows, strict), change][:1 if after is before else 3]
-    titles = "".join(f"{title:>10s}" for title in ("before", "after", "change")[:len(columns)])
-    lines = [("strict accuracy, " * strict + name)[-30:].ljust(30) + titles]
-    for label in [*change["categories"], "all"] if len(change["categories"]) > 1 else ["all"]:
-        lines.append(f"{label:30s}" + "".join(f"{c['categories'].get(label, c['score']):10.3f}" for c in columns))
-    for key, label in (("error", "standard error over prompts"), ("reward", "mean reward"))[:1 + strict]:
-        lines.append(f"{label:30s}" + "".join(f"{c[key]:10.3f}" for c in columns))
-    return "\n".join(lines), change["score"] < -2 * change["error"]
+    columns = [summarize(scores, rows) for scores in (before, after, after - before)]
+    lines = [f"{name[-30:]:30s}    before     after    change"]
+    for label in columns[0]["categories"] if len(columns[0]["categories"]) > 1 else ():
+        lines.append(f"{label:30s}" + "".join(f"{column['categories'][label]:10.3f}" for column in columns))
+    for label, key in (("all", "score"), ("standard error over prompts", "error")):
+        lines.append(f"{label:30s}" + "".join(f"{column[key]:10.3f}" for column in columns))
+    return "\n".join(lines), columns[2]["score"] < -2 * columns[2]["error"]
 
 
-def caption_font():
-    """A typeface with most scripts where the machine has one; Pillow's own knows Latin letters."""
-    for name in ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf"):
-        with contextlib.suppress(OSError):
-            return ImageFont.truetype(name, 12)
-    return ImageFont.load_default(12)
-
-
-def image_grid(images, captions, columns=2, gap=6, line=16):
-    """One row of K images under each caption; len(captions) * K images of one size -> PIL image."""
-    K, (width, height), font = len(images) // len(captions), images[0].size, caption_font()
-    scale = 96 / width if width < 96 else min(1, 256 / width)
-    w, h = round(width * scale), round(height * scale)
-    texts = [textwrap.wrap(c, max(8, int(len(c) * K * w / font.getlength(c)))) for c in captions]
-    cell_width, cell_height = K * w + gap, line * max(map(len, texts)) + h + gap
-    grid = Image.new("RGB", (columns * cell_width + gap, -(-len(captions) // columns) * cell_height + gap), "white")
-    for i, text in enumerate(texts):
-        x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
-        ImageDraw.Draw(grid).text((x, y), "\n".join(text), fill="black", font=font)
-        for k, image in enumerate(images[i * K:(i + 1) * K]):
-            tile = image.resize((w, h), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-            grid.paste(tile, (x + k * w, y + cell_height - gap - h))
-    return grid
-
-
-def curve_image(points, label, size=(640, 360), margin=48):
-    """Draw (step, score, standard error) points as a line in a band: a PIL image."""
-    image, font, last = Image.new("RGB", size, "white"), caption_font(), max(1, points[-1][0])
-    draw, low, high = ImageDraw.Draw(image), min(s - e for _, s, e in points), max(s + e for _, s, e in points)
-
-    def place(step, score):
-        height = (size[1] - 2 * margin) * (score - low) / (high - low or 1)
-        return margin + (size[0] - 2 * margin) * step / last, size[1] - margin - height
-
-    draw.text((margin, 14), f"{label}, held out, against training steps, and its standard error", "black", font)
-    for k in range(5):
-        score, step = low + (high - low) * k / 4, last * k / 4
-        draw.line([place(0, score), place(last, score)], fill="#dddddd")
-        draw.text((4, place(0, score)[1] - 6), f"{score:.3f}", "black", font)
-        draw.text((place(step, low)[0] - 8, size[1] - margin + 6), f"{step:.0f}", "black", font)
-    draw.polygon([place(t, s + e) for t, s, e in points] + [place(t, s - e) for t, s, e in points[::-1]], "#c9daf5")
-    draw.line([place(t, s) for t, s, _ in points], fill="#1f5fbf", width=2)
-    return image
+def picture_rows(images, captions):
+    """A row for each of N captions, in the middle of its K of the N * K images of one size: a PIL image."""
+    from diffusers.utils import make_image_grid
+    (width, height), K, tiles = images[0].size, len(images) // len(captions), []
+    side = max(96, min(width, 256))   # small pictures are shown larger, pixel by pixel, and large ones smaller
+    size, how = (side, round(height * side / width)), Image.Resampling.NEAREST if width < side else None
+    for i, caption in enumerate(captions):
+        words = Image.new("RGB", size, "white")
+        ImageDraw.Draw(words).text((6, 6), textwrap.fill(caption, side // 7), "black")
+        row = [image.resize(size, how) for image in images[i * K:(i + 1) * K]]
+        tiles += [*row[:K // 2], words, *row[K // 2:]]
+    return make_image_grid(tiles, len(captions), K + 1)
 
 
 # ---- MANY PROCESSES: torchrun starts them, each owns some of a step's groups ---------------------------------------
@@ -833,16 +769,16 @@ def own(count):
 def gather(function):
     """Call a function on every process: the list of what each returned.  A UserError on one is raised on all."""
     try:
-        share = function(), None
+        share = function()
     except UserError as error:
-        share = None, error
+        share = error
     shares = [share] * processes()[1]
     if len(shares) > 1:
         dist.all_gather_object(shares, share)
-    for _, error in shares:
-        if error is not None:
-            raise error
-    return [value for value, _ in shares]
+    for share in shares:
+        if isinstance(share, UserError):
+            raise share
+    return shares
 
 
 def sum_gradients(weights):
@@ -858,8 +794,9 @@ def join_processes():
     """Join the processes that torchrun started, if it did; only the first is heard.  Raises UserError."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         with blame("the processes cannot be joined (torchrun starts them)"):
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                    timeout=datetime.timedelta(minutes=30))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            if torch.cuda.is_available():   # what says only "cuda" means this one from now on
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if dist.get_rank():
             sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
 
@@ -877,15 +814,14 @@ def load_prompts(path, check=lambda row: None):
     with blame(f"the prompt file {path} cannot be read"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     rows, faults = [], []
-    for number, line in enumerate(lines, 1):
+    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
         try:
-            if line.strip():
-                row = json.loads(line) if str(path).lower().endswith(".jsonl") else {"prompt": line.strip()}
-                if not (isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip()):
-                    raise ValueError('not an object with a text as its "prompt"')
-                row["prompt"].encode()   # JSON can hold half a surrogate pair, text cannot
-                check(row)
-                rows.append(row)
+            row = json.loads(line) if str(path).lower().endswith(".jsonl") else {"prompt": line.strip()}
+            if not (isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip()):
+                raise ValueError('not an object with a text as its "prompt"')
+            row["prompt"].encode()   # JSON can hold half a surrogate pair, text cannot
+            check(row)
+            rows.append(row)
         except (UserError, ValueError, RecursionError) as error:
             faults.append(f"line {number}: {error}")
     if faults or not rows:
@@ -896,15 +832,12 @@ def load_prompts(path, check=lambda row: None):
 
 def write_atomically(path, *parts):
     """Write bytes so that `path` is either the old file or the whole new one, whatever happens."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)   # what a full disk has left of it would only fill the disk
+    temporary = path.with_name("unfinished.tmp")   # one name: what a full disk leaves of it, the next write replaces
+    with open(temporary, "wb") as file:
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def save_checkpoint(path, model, optimizer, metrics):
@@ -934,93 +867,66 @@ def load_checkpoint(folder, model, optimizer):
     return []
 
 
-def open_tracker(config):
-    """What --log-with asks for, as a function (numbers: dict, step, picture or None).  Raises UserError."""
-    with blame(f"--log-with {config.log_with} does not work (is it installed?)"):
-        if config.log_with == "wandb":
-            import wandb
-            run = wandb.init(project="dgpo", name=Path(config.output_dir).name, dir=config.output_dir,
-                             config=dataclasses.asdict(config))
-            return lambda numbers, step, picture: run.log(
-                numbers | ({"samples": wandb.Image(picture)} if picture else {}), step)
-        if config.log_with == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(config.output_dir)
-
-            def track(numbers, step, picture):
-                for name, value in numbers.items():
-                    writer.add_scalar(name, value, step)
-                if picture:
-                    writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
-                writer.flush()
-
-            return track
-    return lambda numbers, step, picture: None
-
-
 class Run:
     """What a run's first process writes: config.json, metrics.jsonl, pictures, checkpoints/, lora/ and lora_best/."""
 
-    def __init__(self, config, about):
-        """Make or reopen the folder, locked against other processes; about: what config.json says besides the settings.
+    def __init__(self, config, about, lines):
+        """Make or reopen the folder, locked against other processes; about, lines: config.json's, metrics.jsonl's.
 
         Raises UserError for a folder that is in use, holds another run or, to resume, other files than it began with.
         """
-        self.folder, self.config, self.started, self.lines = Path(config.output_dir), config, time.monotonic(), []
-        for name in ("checkpoints", "samples/last", "samples/best"):
+        self.folder, self.config, self.lines, self.board = Path(config.output_dir), config, lines, None
+        self.started = time.monotonic() - (lines[-1]["seconds"] if lines else 0)
+        for name in ("checkpoints", "samples"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / "lock", "w")   # until it is closed, at the latest with the process
-        try:
+        with blame(f"another process is writing to {self.folder}"):
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is writing to {self.folder}") from error
-        file = self.folder / "metrics.jsonl"
-        metrics = file.read_bytes() if file.exists() else b""
-        if config.resume:
-            before = json.loads((self.folder / "config.json").read_text())["checksums"]
-            for name in (name for name, value in about["checksums"].items() if value != before.get(name)):
-                raise UserError(f"{flag(name)} {getattr(config, name)} does not hold what the run began with")
-        elif any((self.folder / "checkpoints").iterdir()) or b'"reward_mean"' in metrics:
+        began = self.folder / "config.json"
+        if config.resume and json.loads(began.read_text())["checksum"] != about["checksum"]:
+            raise UserError(f"the model, the prompts or the reward's file are not those that {self.folder} began with")
+        if not config.resume and (any((self.folder / "checkpoints").iterdir()) or list(self.folder.glob("*.png"))):
             raise UserError(f"{self.folder} holds another run; --resume {self.folder} goes on with it")
-        self.track = open_tracker(config)
-        write_atomically(self.folder / "config.json",
-                         json.dumps({**dataclasses.asdict(config), **about}, indent=2).encode() + b"\n")
-
-    def go_on(self, lines):
-        """Put metrics.jsonl back to what a checkpoint has of it: a killed run has logged more than it has saved."""
-        self.lines, self.started = lines, self.started - (lines[-1]["seconds"] if lines else 0)
+        if config.log_with == "wandb":   # it copies all that is written for TensorBoard
+            importlib.import_module("wandb").init(project="dgpo", name=self.folder.name, dir=self.folder,
+                                                  sync_tensorboard=True)
+        if config.log_with:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.folder)
+        write_atomically(self.folder / "config.json", json.dumps({**vars(config), **about}, indent=2).encode())
+        # A killed run has logged more than it has saved.
         write_atomically(self.folder / "metrics.jsonl", *(json.dumps(line).encode() + b"\n" for line in lines))
 
     def scores(self):
-        """(step, held-out score, its standard error) of every evaluation so far."""
-        return [(line["step"], line["eval_score"], line["eval_error"]) for line in self.lines if "evaluation" in line]
+        """(step, held-out score) of every evaluation so far."""
+        return [(line["step"], line["eval_score"]) for line in self.lines if "evaluation" in line]
 
-    def log(self, line, picture=None):
-        """Append a line to metrics.jsonl, and hand its numbers to the tracker."""
+    def log(self, line):
+        """Append a line to metrics.jsonl, and hand its numbers to TensorBoard."""
         self.lines.append({**line, "seconds": round(time.monotonic() - self.started, 3)})
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(self.lines[-1]) + "\n")
-        inner = {f"{name}/{key}": v for name, group in line.items() if isinstance(group, dict)
-                 for key, v in group.items()}
-        self.track({name: value for name, value in {**self.lines[-1], **inner}.items()
-                    if type(value) in (int, float) and name != "step"}, line["step"], picture)
+        for name, value in self.lines[-1].items() if self.board else ():
+            for inner, number in value.items() if isinstance(value, dict) else [("", value)]:
+                if type(number) in (int, float) and name != "step":
+                    self.board.add_scalar(f"{name}/{inner}".strip("/"), number, line["step"])
 
-    def record(self, step, scores, images, rows, rewards, lora):
+    def record(self, step, scores, images, rows, lora):
         """Log and draw an evaluation, `evaluate`'s scores and images; the best LoRA so far is kept."""
-        (target, *judges), K = rewards, self.config.eval_images
-        summary = {name: summarize(scores[name], rows, reward.strict) for name, reward in rewards.items()}
-        shown = [f"{row['prompt']}  {s.mean():.2f}" for row, s in zip(rows[:PICTURED], scores[target])]
-        grid = image_grid(images[:len(shown) * K], shown)
-        best = max((score for _, score, _ in self.scores()), default=math.inf)
-        grid.save(self.folder / f"samples/{step:06d}.png")
-        self.log({"step": step, "evaluation": True, **{f"eval_{key}": v for key, v in summary[target].items()},
-                  **({"eval_judges": {name: summary[name]["score"] for name in judges}} if judges else {})}, grid)
-        curve_image(self.scores(), target).save(self.folder / "reward.png")
-        if better := summary[target]["score"] > best:
+        (target, *judges), K = scores, self.config.eval_images
+        summary = {name: summarize(score, rows) for name, score in scores.items()}
+        if summary[target]["score"] > max((score for _, score in self.scores()), default=math.inf):
             lora.export(self.folder / "lora_best", step=step, held_out_score=summary[target]["score"])
-        for name in ["last"] + ["best"] * better:
-            for i, image in enumerate(images[:len(shown) * K]):
-                image.save(self.folder / f"samples/{name}/{i // K:02d}-{i % K}.png")
+        self.log({"step": step, "evaluation": True, **{f"eval_{key}": v for key, v in summary[target].items()},
+                  "eval_judges": {name: summary[name]["score"] for name in judges}})
+        captions = [f"{row['prompt']}  {s.mean():.2f}" for row, s in zip(rows[:PICTURED], scores[target])]
+        picture = picture_rows(images[:len(captions) * K], captions)
+        picture.save(self.folder / f"samples/{step:06d}.png")
+        if self.board:
+            self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+        (self.folder / f"samples/{step:06d}").mkdir(exist_ok=True)
+        for i, image in enumerate(images[:len(captions) * K]):   # and full size
+            image.save(self.folder / f"samples/{step:06d}/{i // K:02d}-{i % K}.png")
 
     def save(self, model, optimizer, step):
         """Write a checkpoint and the exported LoRA; then only the newest two checkpoints stay."""
@@ -1029,16 +935,15 @@ class Run:
         for path in sorted((self.folder / "checkpoints").glob("*.pt"))[:-2]:
             path.unlink()
 
-    def report(self, before, after, rows, rewards):
-        """From two `evaluate` results: before_after.png, a table of each reward, a warning of judges that fell."""
-        (target, *_), (n, K) = rewards, (min(PICTURED, len(rows)), self.config.eval_images)
-        pairs = [("before", before), ("after", after)] if after is not before else [("base model", before)]
-        captions = [f"{row['prompt']}  {scores[target][i].mean():.2f} ({when})"
-                    for i, row in enumerate(rows[:n]) for when, (scores, _) in pairs]
-        images = [image for i in range(n) for _, (_, images) in pairs for image in images[i * K:(i + 1) * K]]
-        image_grid(images, captions).save(self.folder / "before_after.png")
-        for name, reward in rewards.items():
-            text, fell = comparison(name, before[0][name], after[0][name], rows, reward.strict)
+    def report(self, before, after, rows):
+        """From two of `evaluate`'s results: before_after.png, a table of each reward, a warning of judges that fell."""
+        target, K, images, captions = next(iter(before[0])), self.config.eval_images, [], []
+        for i, row in enumerate(rows[:PICTURED]):
+            images += before[1][i * K:(i + 1) * K] + after[1][i * K:(i + 1) * K]
+            captions.append(f"{row['prompt']}  {before[0][target][i].mean():.2f} -> {after[0][target][i].mean():.2f}")
+        picture_rows(images, captions).save(self.folder / "before_after.png")
+        for name in before[0]:
+            text, fell = comparison(name, before[0][name], after[0][name], rows)
             print("\n" + text)
             if fell and name != target:
                 print(f"{name} fell by more than two standard errors: look at the pictures, {target} may have been "
@@ -1046,82 +951,7 @@ class Run:
         print(f"\n{time.monotonic() - self.started:.0f} s in all; everything is in {self.folder}")
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """While open, the first SIGINT, SIGTERM or SIGHUP lands in the list that it yields; a second one ends at once."""
-    heard = []
-
-    def receive(number, frame):
-        if heard:
-            os._exit(128 + number)
-        heard.append(number)   # a step takes minutes on a large model, so say that the signal was heard
-        print("\nstopping when this step is done; once more to stop at once, unsaved", file=sys.stderr)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield heard
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 # ---- MAIN: from the command line to train() and from errors to sentences -------------------------------------------
-
-
-def about(model, rewards, rows, held_out):
-    """What a run depends on besides its settings: held-out prompts, checksums of what they lead to, versions, date."""
-    weights = [layer.base.weight[0].float().cpu().numpy().tobytes() for layer in model.lora.layers.values()]
-    files = [Path(file).read_bytes() for reward in rewards.values() for file in reward.files]
-    contents = {"model": b"".join(weights), "prompt_file": json.dumps(rows).encode(),   # all weights would be gigabytes
-                "eval_prompt_file": json.dumps(held_out).encode(), "reward": b"".join(files)}
-    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=EMBEDDED_MODEL.parent.parent,
-                            capture_output=True, text=True).stdout.strip()
-    return {"checksums": {name: zlib.crc32(content) for name, content in contents.items()},
-            "held_out": [row["prompt"] for row in held_out], "commit": commit, "date": time.strftime("%Y-%m-%d %H:%M"),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}}
-
-
-def prepare(config):
-    """Everything that can go wrong before the first file is written: (model, rewards, rows, held_out)."""
-    config.check()
-    with blame(f"--device {config.device} cannot be used"):
-        torch.empty(0, device=config.device)
-        if config.device.startswith("cuda"):
-            torch.cuda.set_device(config.device)   # what says only "cuda" means this one
-    with blame(f"--log-with {config.log_with} does not work (is it installed?)"):
-        importlib.import_module(config.log_with or "json")
-    load_prompts(config.prompt_file)   # before anything large is loaded
-    watched = config.eval_reward.split(",") if config.eval_reward else []
-    names = config.reward.split(",") if config.evaluate else [config.reward, *watched]   # the first is trained on
-    rewards = {name: load_reward(name, config.device) for name in names}
-
-    def check(row):
-        for judge in rewards.values():
-            judge.check(row["prompt"], row)
-
-    rows = load_prompts(config.prompt_file, check)
-    held_out = load_prompts(config.eval_prompt_file, check) if config.eval_prompt_file else rows
-    held_out = list({row["prompt"]: row for row in held_out}.values())
-    if not (config.eval_prompt_file or config.evaluate):
-        if len(held_out) < 2:
-            raise UserError("with a single prompt, give --eval-prompt-file: there is nothing to hold out")
-        # Drawn once and for all, so that a resumed run holds out the same prompts.
-        order = torch.randperm(len(held_out), generator=seeded("held out")).tolist()
-        held_out = [held_out[i] for i in order[:max(1, min(100, len(held_out) // 10))]]
-        aside = {row["prompt"] for row in held_out}
-        rows = [row for row in rows if row["prompt"] not in aside]
-    held_out = held_out[:config.eval_prompts or None]
-    model = load_model(config)
-    if config.lora:
-        model.lora.load(config.lora)
-    images = config.groups_per_step * config.group_size
-    evaluations = images * config.num_inference_steps * (2 if config.guidance_scale > 1 else 1)
-    print(f"{sum(t.numel() for t in model.lora.weights('current')) / 1e6:.2f} M LoRA parameters in "
-          f"{len(model.lora.layers)} layers; {len(rows)} training and {len(held_out)} held-out prompts\n"
-          f"a step: {config.groups_per_step} prompts x {config.group_size} images = {images} images from {evaluations} "
-          f"transformer evaluations; {images * config.timesteps_per_rollout} samples to train on in "
-          f"{config.updates_per_rollout} updates\nwriting to {config.output_dir}", flush=True)
-    return model, rewards, rows, held_out
 
 
 def flag(name):
@@ -1130,7 +960,7 @@ def flag(name):
 
 
 def parse_arguments(arguments=None):
-    """The command line, one flag a field, as a Config whose paths and device are settled.  Raises UserError."""
+    """The command line, one flag a field, as a Config with nothing left open, alike on all processes."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --prompt-file FILE [--flag value ...]    (all flags: --help)", allow_abbrev=False,
         description=__doc__.split("\n\n")[0] + "  Defaults, those of the embedded job, stand in brackets.",
@@ -1145,32 +975,70 @@ def parse_arguments(arguments=None):
         with blame(f"--resume {given.resume}: there is no run"):
             stored = json.loads((Path(given.resume) / "config.json").read_text())
             parser.set_defaults(**{name: stored[name] for name in vars(given)})
-            parser.set_defaults(resume=given.resume, output_dir=given.resume)
     elif given.model and Path(given.model).resolve() != EMBEDDED_MODEL:
         parser.set_defaults(**PAPER)
     config = Config(**vars(parser.parse_args(arguments)))
     for field in dataclasses.fields(Config) if stored else ():
         if not field.metadata["free"] and getattr(config, field.name) != stored[field.name]:
-            raise UserError(f"{flag(field.name)} {getattr(config, field.name)}: the run in {config.resume} has "
+            raise UserError(f"{flag(field.name)} {getattr(config, field.name)}: the run in {given.resume} has "
                             f"{stored[field.name]}")
-    return settle(config)
-
-
-def settle(config):
-    """The same settings with nothing left open, alike on all processes: device, model, held-out prompts, folder."""
     if not config.prompt_file:
         raise UserError("--prompt-file is missing")
-    beside = Path(config.prompt_file).with_name("heldout.txt")
-    held_out = config.eval_prompt_file or (beside if beside.exists() and not config.evaluate else "")
-    config = dataclasses.replace(
-        config, steps=0 if config.evaluate else config.steps, model=config.model or str(EMBEDDED_MODEL),
-        prompt_file=os.path.abspath(config.prompt_file), eval_prompt_file=held_out and os.path.abspath(held_out),
-        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        output_dir=config.output_dir or time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}"))
-    config = gather(lambda: config)[0]
-    if config.device.startswith("cuda") and processes()[1] > 1:
-        config = dataclasses.replace(config, device="cuda:" + os.environ.get("LOCAL_RANK", "0"))
-    return config
+    path = config.prompt_file = os.path.abspath(config.prompt_file)
+    beside = [f"{os.path.splitext(path)[0]}_heldout.txt", os.path.join(os.path.dirname(path), "heldout.txt")]
+    held_out = config.eval_prompt_file or next(filter(os.path.exists, [path] if config.evaluate else beside), "")
+    config.eval_prompt_file = held_out and os.path.abspath(held_out)
+    config.steps, config.model = 0 if config.evaluate else config.steps, config.model or str(EMBEDDED_MODEL)
+    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config.output_dir = given.resume or config.output_dir or time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
+    return gather(lambda: config)[0]
+
+
+def prepare(config):
+    """Everything that can go wrong before the first file is written: (model, rewards, rows, held_out)."""
+    config.check()
+    with blame(f"--device {config.device} cannot be used"):
+        torch.empty(0, device=config.device)
+    with blame(f"--log-with {config.log_with} does not work (is it installed?)"):
+        importlib.import_module(config.log_with or "json")
+    load_prompts(config.prompt_file)   # before anything large is loaded
+    if not config.eval_prompt_file:
+        raise UserError("--eval-prompt-file is missing, and there is no heldout.txt beside the prompt file")
+    watched = config.eval_reward.split(",") if config.eval_reward else []
+    names = [*config.reward.split(","), *watched] if config.evaluate else [config.reward, *watched]
+    rewards = {name: load_reward(name, config.device) for name in names}   # the first is trained on
+
+    def check(row, names=names):
+        for name in names:
+            rewards[name].check(row["prompt"], row)
+
+    rows = load_prompts(config.prompt_file, lambda row: check(row, names[:1]))
+    held_out = load_prompts(config.eval_prompt_file, check)
+    held_out = list({row["prompt"]: row for row in held_out}.values())
+    # Drawn once and for all: published files are sorted by category.
+    order = torch.randperm(len(held_out), generator=seeded("held out")).tolist()
+    held_out = [held_out[i] for i in sorted(order[:config.eval_prompts or None])]
+    model = load_model(config)
+    if config.lora:
+        model.lora.load(config.lora)
+    images = config.groups_per_step * config.group_size
+    print(f"{sum(t.numel() for t in model.lora.weights('current')) / 1e6:.2f} M LoRA parameters in "
+          f"{len(model.lora.layers)} layers; {len(rows)} training and {len(held_out)} held-out prompts\n"
+          f"a step: {config.groups_per_step} prompts x {config.group_size} images, {config.num_inference_steps} solver "
+          f"steps; {images * config.timesteps_per_rollout} samples in {config.updates_per_rollout} updates; "
+          f"writing to {config.output_dir}", flush=True)
+    return model, rewards, rows, held_out
+
+
+def about(model, rewards, rows, held_out):
+    """What config.json says besides the settings: what the run depends on besides them, and when it was made."""
+    weights = [layer.base.weight[0].tolist() for layer in model.lora.layers.values()]   # all would be gigabytes
+    files = [Path(file).read_bytes() for reward in rewards.values() for file in reward.files]
+    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=EMBEDDED_MODEL.parent.parent,
+                            capture_output=True, text=True).stdout.strip()
+    return {"checksum": zlib.crc32(repr([weights, files, rows, held_out]).encode()), "commit": commit,
+            "date": time.strftime("%Y-%m-%d %H:%M"), "held_out": [row["prompt"] for row in held_out],
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}}
 
 
 def main(arguments=None):
@@ -1186,34 +1054,24 @@ def main(arguments=None):
         stopped_by = train(config)
         return 128 + stopped_by if stopped_by else 0
     except UserError as error:
-        return fail(str(error), 2)
+        code, message = 2, str(error)
     except KeyboardInterrupt:
-        return fail("interrupted before the first step: nothing was trained", 130)
+        code, message = 130, "interrupted before the first step: nothing was trained"
     except Exception as error:   # what nobody foresaw, too, ends in a sentence
         if os.environ.get("DGPO_TRACEBACK"):
             raise
-        hint = " (DGPO_TRACEBACK=1 shows where)"
+        code, message = 1, f"{type(error).__name__}: {str(error).strip()} (DGPO_TRACEBACK=1 shows where)"
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            message = ("out of memory: lower --rollout-batch-size, --train-batch-size, --group-size, --resolution or "
+                       "--lora-rank, or give --gradient-checkpointing")
         if folder and folder.is_dir():
+            message += f"; what is saved is whole, --resume {folder} goes on; traceback.txt there says where it failed"
             with contextlib.suppress(OSError):
                 (folder / "traceback.txt").write_text(traceback.format_exc())
-            hint = f" (what is saved is whole, --resume {folder} goes on; traceback.txt there says where)"
-        reason = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}".splitlines()[0]
-        if isinstance(error, OSError):
-            reason = f"{error.filename or folder}: {error.strerror or error}"
-        elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            flags = ("rollout_batch_size", "train_batch_size", "group_size", "resolution", "lora_rank")
-            reason = f"out of memory: lower {', '.join(map(flag, flags))}, or give --gradient-checkpointing"
-        return fail(reason + hint, 1)
-
-
-def fail(message, code):
-    """Print one sentence to stderr, tell torchrun, and return the exit code."""
-    print(f"dgpo.py: error: {message}", file=sys.stderr)
-    if os.environ.get("TORCHELASTIC_ERROR_FILE"):   # its last words are what this file says
+    print("dgpo.py: error:", " ".join(message.split()), file=sys.stderr)
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):   # torchrun's last words are what this file says
         said = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(said))
-    if processes()[0]:
-        time.sleep(5)   # torchrun ends all as soon as one ends: let the first process speak
     return code
 
 

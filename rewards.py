@@ -89,14 +89,14 @@ def quiet_libraries():
     transformers_logging.disable_progress_bar()
 
 
-def load_pretrained(auto_class, path, device=None, dtype=None):
+def load_pretrained(auto_class, path, device=None, dtype=None, **where):
     """`from_pretrained` that asks no hub for a folder; with a device, a frozen model in evaluation mode on it."""
-    load = partial(auto_class.from_pretrained, path, local_files_only=os.path.isdir(path))
+    load = partial(auto_class.from_pretrained, path, local_files_only=os.path.isdir(path), **where)
     if device is None:
         return load()
     dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
-    model, info = load(dtype=dtype, output_loading_info=True)
-    # transformers draws weights that are missing at random and only warns: such a judge would score noise.
+    model, info = load(torch_dtype=dtype, output_loading_info=True)
+    # Weights that are missing are drawn at random, with no more than a warning: such a judge would score noise.
     if missing := sorted(set(info["missing_keys"]) & {key for key, _ in model.named_parameters()}):
         raise UserError(f"{path} is no {type(model).__name__}: it has no weights for {missing[0]}")
     return model.to(device).requires_grad_(False).eval()

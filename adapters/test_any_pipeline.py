@@ -567,6 +567,7 @@ def weights_of(run):
 def test_dgpo_trains_the_pipeline_of_a_folder_and_a_resumed_run_is_the_one_that_never_stopped(name, folders, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(f"{color} {shape}" for color in ("a red", "a blue", "one green")
                                                     for shape in ("circle", "star", "ring")))
+    (tmp_path / "heldout.txt").write_text("two blue stars")
     (tmp_path / "mine.py").write_text("import numpy as np\ndef left(images, prompts, metadata):\n"
                                       "    return [float(np.asarray(i)[:, :8].mean()) for i in images]\n")
     flags = {"model": folders(name), "prompt-file": tmp_path / "prompts.txt", "reward": f"{tmp_path / 'mine.py'}:left",

@@ -163,7 +163,7 @@ def test_words_are_read_in_each_picture_alone_and_what_is_no_letter_is_not_read(
     image = world.draw_sign("fox", random.Random(3))   # with its o, 5x11 pixels, blank, striped, chequered, full
     y, x = np.mgrid[:11, :5]
     for cell, read in ((y < 0, "f?x"), (y % 2 == 0, "f?x"), ((x + y) % 2 == 0, "f?x"), (y >= 0, "fbx")):
-        image[14:25, 12:17] = np.where(cell[..., None], image[14, 8], image[16, 27])
+        image[16:27, 13:18] = np.where(cell[..., None], image[18, 7], image[18, 27])
         assert world.read_words(image[None]) == [read]
 
 
