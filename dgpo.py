@@ -69,9 +69,9 @@ BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"   # fits 80 
 # The defaults for any model but the embedded one: the authors' settings for SD3.5-M, as their code runs them.  A batch
 # of 24 guided images is 48 in the transformer; gradient checkpointing lets 24 samples be trained on in 24 GB.
 PAPER = dict(
-    dtype="bfloat16", reward="pickscore", steps=1000, groups_per_step=24, group_size=24, num_inference_steps=10,
-    guidance_scale=4.5, resolution=512, max_sequence_length=128, rollout_old_after=200, t_min=0.4,
-    updates_per_rollout=1, beta=100.0, clip_range=1e-2, kl_weight=2e-2, old_decay=0.3, old_decay_ramp=1e-3,
+    dtype="bfloat16", reward="pickscore", eval_reward="", steps=1000, groups_per_step=24, group_size=24,
+    num_inference_steps=10, guidance_scale=4.5, resolution=512, max_sequence_length=128, rollout_old_after=200,
+    t_min=0.4, updates_per_rollout=1, beta=100.0, clip_range=1e-2, kl_weight=2e-2, old_decay=0.3, old_decay_ramp=1e-3,
     learning_rate=3e-4, learning_rate_decay=0, lora_rank=64, ema_decay=0.987, rollout_batch_size=24,
     train_batch_size=24, gradient_checkpointing=True, eval_prompts=100, eval_num_inference_steps=14)
 
@@ -92,7 +92,7 @@ class Config:
     model: str = setting("", "folder in diffusers' format, or hub id (default: the embedded model)", free=True)
     t5: bool = setting(True, "load the T5 text encoder; without it, zeros take its tokens' place")
     reward: str = setting("shapes", "reward: NAME, NAME=FOLDER, file.py:function, or a sum NAME:weight,NAME:weight")
-    eval_reward: str = setting("", "judges that are watched at every evaluation and not trained on: NAME,NAME")
+    eval_reward: str = setting("realism", "judges, watched at every evaluation and not trained on: NAME,NAME")
     evaluate: bool = setting(False, "only score all prompts of --prompt-file, one column a reward, and with --lora")
     lora: str = setting("", "with --evaluate: a run's lora/ folder, compared with the model without it")
     output_dir: str = setting("", "where everything is written (default: a new folder in runs/)", free=True)

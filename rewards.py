@@ -506,10 +506,10 @@ GENEVAL = {"detector": "facebook/mask2former-swin-small-coco-instance", "clip": 
 # Reward -> (its loader, a function of {part: folder or hub id} and the device; {part: default hub id}).  `reward=PATH`
 # is where the part "." is, the model itself; the parts of a reward without it are then in the subfolders PATH/part.
 REWARDS = {
-    "shapes": (lambda paths, device: importlib.import_module("shapes.world").shapes, {}),
+    **{name: (lambda paths, device, name=name: getattr(importlib.import_module("shapes.world"), name), {})
+       for name in ("shapes", "words", "realism")},
     "jpeg_compressibility": (lambda paths, device: partial(jpeg_size, sign=-1), {}),
     "jpeg_incompressibility": (lambda paths, device: partial(jpeg_size, sign=1), {}),
-    "words": (lambda paths, device: importlib.import_module("shapes.world").words, {}),
     "pickscore": (load_pickscore,
                   {".": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}),
     "clipscore": (load_clipscore, {".": CLIP_L}),

@@ -1612,7 +1612,7 @@ def alone(tmp_path_factory):
     (path / "reward.py").write_text("import numpy as np\ndef score(images, prompts, metadata):\n    return ["
                                     "len(p) % 2 and float(np.asarray(i).mean()) for i, p in zip(images, prompts)]\n")
     flags = ["--reward", f"{path / 'reward.py'}:score", "--groups-per-step", 3, "--eval-prompts", 3, "--save-every", 2,
-             "--eval-every", 2, "--advantage-std", "batch", "--rollout-old-after", 2]
+             "--eval-every", 2, "--advantage-std", "batch", "--rollout-old-after", 2, "--eval-reward", ""]
     assert run(path / "run", *flags, "--steps", 4) == 0
     assert any(0 < line.get("zero_groups", 0) < 1 for line in metrics_of(path / "run"))
     return path / "run", flags
@@ -1786,7 +1786,7 @@ def test_rows_that_the_reward_cannot_score_are_found_before_anything_is_written(
         reward, good, bad, sentence, judges, tmp_path, capsys):
     suffix = ".jsonl" if good[0] == "{" else ".txt"
     train, held_out = tmp_path / f"train{suffix}", tmp_path / f"held_out{suffix}"
-    flags = ["--prompt-file", train, "--eval-prompt-file", held_out, "--reward",
+    flags = ["--prompt-file", train, "--eval-prompt-file", held_out, "--eval-reward", "", "--reward",
              f"{reward}={judges[reward]}" if reward in judges else reward]
     for broken, whole in ((train, held_out), (held_out, train)):
         whole.write_text(good + "\n")

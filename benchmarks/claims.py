@@ -3,6 +3,7 @@ r"""The paper's claims on the embedded model: DGPO against its neighbours, and w
     pip install -r requirements.txt matplotlib
     python benchmarks/claims.py --budget 10 --seeds 3                    # every method, 10 minutes of training each
     python benchmarks/claims.py --budget 3 --ablation t_min              # one ablation, or all of them with `all`
+    python benchmarks/claims.py --budget 4 --seeds 3 --tasks all         # the paper's three tasks under every judge
     python benchmarks/claims.py --budget 3 --name tuning --methods flow_grpo:learning_rate=0.001:clip_range=0.01
     python benchmarks/claims.py --budget 0                               # only draw and print what was measured before
 
@@ -18,13 +19,12 @@ import dataclasses
 import functools
 import json
 import math
-import random
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,12 +35,13 @@ from dgpo import (  # noqa: E402
     evaluate,
     load_model,
     load_prompts,
+    picture_rows,
     rows_of_step,
     summarize,
     train_step,
 )
 from rewards import load_reward  # noqa: E402
-from shapes.world import parse_prompt, render  # noqa: E402
+from shapes.world import kernel_closeness, rendered_features, vae_features  # noqa: E402
 
 LEVELS = (0.55, 0.6, 0.7, 0.8, 0.85)   # scores whose price the table gives
 
@@ -84,28 +85,20 @@ ABLATIONS = {
                   "dgpo:timesteps_per_rollout=8:updates_per_rollout=8"],
 }
 
+TASTE = f"pickscore={ROOT / 'shapes/taste'}"
+# Task -> (training prompts, held-out prompts, the reward trained on and then the judges that only watch).  Besides, all
+# are judged by `quality`.
+TASKS = {
+    "composition": ("prompts.txt", "heldout.txt", ("shapes", TASTE)),
+    "words": ("words.txt", "words_heldout.txt", ("words", TASTE)),
+    "taste": ("prompts.txt", "heldout.txt", (TASTE, "shapes")),
+}
+TASK_METHODS = ["flow_grpo:sde_window=4:noise_level=1", "dgpo", "dgpo:t_min=0"]
+PICTURED = 6   # prompts of each task in the figure
+
 # ------------------------------------------------------------------------------------------------
 # Picture quality, which no reward here sees
 # ------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def features(vae, images):
-    """The VAE's latents of N PIL images, flat: [N, C*H*W]."""
-    pixels = torch.stack([torch.frombuffer(bytearray(i.tobytes()), dtype=torch.uint8).view(*i.size, 3) for i in images])
-    return torch.cat([vae.encode(part.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist.mode().flatten(1)
-                      for part in pixels.split(64)])
-
-
-def kernel_distance(x, y):
-    """Squared distance of two samples [N, D] in the kernel (x.y / D + 1)^3, unbiased (KID's, arXiv 1801.01401)."""
-    def mean_kernel(a, b, drop_diagonal):
-        kernel = (a @ b.T / a.shape[1] + 1) ** 3
-        if not drop_diagonal:
-            return kernel.mean()
-        return (kernel.sum() - kernel.diagonal().sum()) / (len(a) * (len(a) - 1))
-
-    return (mean_kernel(x, x, True) + mean_kernel(y, y, True) - 2 * mean_kernel(x, y, False)).item()
 
 
 def spread(x, images_a_prompt):
@@ -113,20 +106,17 @@ def spread(x, images_a_prompt):
     return (2 * x.view(-1, images_a_prompt, x.shape[1]).var(1).sum(1).mean()).item()
 
 
-class Quality:
-    """Generated against rendered pictures of the same prompts, in the VAE's latents."""
+def quality(images, rows, images_a_prompt):
+    """Generated against rendered pictures of the same prompts, in the VAE's latents.
 
-    def __init__(self, vae, rows, images_a_prompt):
-        rng = random.Random(0)
-        drawn = [render(parse_prompt(row["prompt"]), rng) for row in rows for _ in range(images_a_prompt)]
-        self.vae, self.count = vae, images_a_prompt
-        self.rendered = features(vae, [Image.fromarray(picture) for picture in drawn])
-
-    def __call__(self, images):
-        """`distance`: 0 for pictures like the rendered ones; `diversity`: 1 for as much of it within a prompt."""
-        generated = features(self.vae, images)
-        return {"distance": kernel_distance(generated, self.rendered),
-                "diversity": spread(generated, self.count) / spread(self.rendered, self.count)}
+    `distance`: minus the reward `realism`, 0 for pictures like the rendered ones; `diversity`: 1 for as much of it
+    within a prompt.
+    """
+    prompts = tuple(row["prompt"] for row in rows for _ in range(images_a_prompt))
+    generated = vae_features(np.stack([np.asarray(image) for image in images]))
+    rendered = rendered_features(prompts)
+    return {"distance": -kernel_closeness(generated, rendered).mean().item(),
+            "diversity": spread(generated, images_a_prompt) / spread(rendered, images_a_prompt)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,10 +144,10 @@ def parse_method(spec, seed, common):
 class Run:
     """One method with one seed, from the base model on."""
 
-    def __init__(self, spec, seed, rows, held_out, common):
-        self.spec, self.rows, self.held_out = spec, rows, held_out
+    def __init__(self, spec, seed, rows, held_out, rewards, common):
+        self.spec, self.rows, self.held_out, self.rewards = spec, rows, held_out, rewards
         self.train_step, self.config = parse_method(spec, seed, common)
-        self.model, self.reward = load_model(self.config), load_reward("shapes")
+        self.model, self.images = load_model(self.config), []
         self.model.encode(["", *(row["prompt"] for row in [*rows, *held_out])])
         self.optimizer = torch.optim.AdamW(self.model.lora.weights("current"), lr=self.config.learning_rate,
                                            weight_decay=self.config.weight_decay)
@@ -172,37 +162,48 @@ class Run:
         """Take one training step."""
         self.counting, start = True, time.process_time()
         torch.manual_seed(self.config.seed * 10 ** 6 + self.step)   # for rules that draw noise of their own
-        self.metrics.append(self.train_step(self.model, self.optimizer, self.reward, rows_of_step(
-            self.rows, self.step, self.config), self.step, self.config))
+        self.metrics.append(self.train_step(
+            self.model, self.optimizer, next(iter(self.rewards.values())),
+            rows_of_step(self.rows, self.step, self.config), self.step, self.config))
         self.seconds += time.process_time() - start
         self.step, self.counting = self.step + 1, False
 
-    def evaluate(self, quality, policy="ema"):
+    def evaluate(self, policy="ema"):
         """One line of the results."""
-        scores, images = evaluate(self.model, {"shapes": self.reward}, self.held_out, self.config, policy)
-        summary = summarize(scores["shapes, strict"], self.held_out)
+        scores, images = evaluate(self.model, self.rewards, self.held_out, self.config, policy)
+        summary = summarize(next(iter(scores.values())), self.held_out)
+        self.images = images[:PICTURED * self.config.eval_images:self.config.eval_images]
         # Of training: means since the line before, to see what a setting does.
         training = {name: round(mean(metrics[name] for metrics in self.metrics), 5) for name in
                     ("reward_mean", "clip_fraction", "kl", "gradient_norm") if self.metrics}
         self.metrics = []
         images_made = self.step * self.config.groups_per_step * self.config.group_size
         return {"method": self.spec, "seed": self.config.seed, "step": self.step, "seconds": round(self.seconds, 2),
-                "images": images_made, "evaluations": self.evaluations, "strict": round(summary["score"], 4),
-                "error": round(summary["error"], 4), "graded": round(scores["shapes"].mean().item(), 4),
-                **{name: round(value, 5) for name, value in quality(images).items()},
+                "images": images_made, "evaluations": self.evaluations, "score": round(summary["score"], 4),
+                "error": round(summary["error"], 4),
+                "rewards": {name.split("=")[0]: round(score.mean().item(), 4) for name, score in scores.items()},
+                **{name: round(value, 5) for name, value in quality(
+                    images, self.held_out, self.config.eval_images).items()},
                 "training": training,
                 "categories": {name: round(value, 4) for name, value in summary["categories"].items()}}
 
 
-def measure(specs, path, seed, budget, evaluations, rows, held_out, common):
-    """Give every method `budget` seconds of training, in turn, and write an evaluation a line."""
-    runs = [Run(spec, seed, rows, held_out, common) for spec in specs]
-    quality = Quality(runs[0].model.vae, held_out, runs[0].config.eval_images)
+def measure(specs, task, path, seed, budget, evaluations, limit, common):
+    """Give every method `budget` seconds of training, in turn, and write an evaluation a line.
+
+    limit: how many held-out prompts, None for all.  Returns the pictures of the first six under the base model and
+    under every method, from the same noise: a PIL image.
+    """
+    prompts, held_out, names = TASKS[task]
+    rows, held_out = load_prompts(ROOT / "shapes" / prompts), load_prompts(ROOT / "shapes" / held_out)[:limit]
+    rewards = {name: load_reward(name) for name in names}
+    runs = [Run(spec, seed, rows, held_out, rewards, common) for spec in specs]
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["method"] not in specs] \
         if path.exists() else []
     path.write_text("".join(line + "\n" for line in kept))
-    base = runs[0].evaluate(quality, "base")   # the same for all of them
+    base = runs[0].evaluate("base")   # the same for all of them
+    pictures = [runs[0].images]
     marks = {run: [budget * (k / evaluations) ** 2 for k in range(1, evaluations + 1)] for run in runs}
     with open(path, "a") as file:
         for run in runs:
@@ -211,13 +212,16 @@ def measure(specs, path, seed, budget, evaluations, rows, held_out, common):
             run = min((run for run in runs if marks[run]), key=lambda run: run.seconds)
             run.advance()
             if run.seconds >= marks[run][0]:
-                line = run.evaluate(quality)
+                line = run.evaluate()
                 marks[run] = [mark for mark in marks[run] if mark > run.seconds]
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 print(f"{line['method']:50s} seed {seed}  {line['seconds']:6.0f} s  step {line['step']:4d}  "
-                      f"strict {line['strict']:.3f}  distance {line['distance']:.4f}  "
+                      f"score {line['score']:.3f}  distance {line['distance']:.4f}  "
                       f"diversity {line['diversity']:.2f}", flush=True)
+    pictures += [run.images for run in runs]
+    captions = [row["prompt"] for row in held_out[:PICTURED]]
+    return picture_rows([image for row in zip(*pictures) for image in row], captions)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -237,8 +241,8 @@ def load_results(folder, name):
 def price(curve, level, unit):
     """How much of `unit` a run takes to reach a score, between evaluations by straight lines; infinite if never."""
     for before, after in zip(curve, curve[1:]):
-        if after["strict"] >= level:
-            share = (level - before["strict"]) / (after["strict"] - before["strict"]) if before["strict"] < level else 0
+        if after["score"] >= level:
+            share = (level - before["score"]) / (after["score"] - before["score"]) if before["score"] < level else 0
             return before[unit] + share * (after[unit] - before[unit])
     return math.inf
 
@@ -270,7 +274,7 @@ def speed_table(curves):
 
 def best_of(curves, peer):
     """How much less DGPO needs for the best score that `peer` has anywhere, mean over seeds: a sentence."""
-    tops = [max(line["strict"] for line in curve) for curve in curves[peer]]
+    tops = [max(line["score"] for line in curve) for curve in curves[peer]]
     parts = []
     for unit in ("seconds", "images", "evaluations"):
         ours, theirs = ([price(curve, top, unit) for curve, top in zip(curves[name], tops)] for name in ("dgpo", peer))
@@ -285,17 +289,32 @@ def quality_table(curves):
     rows = []
     for method, seeds in curves.items():
         last = [curve[-1] for curve in seeds]
-        top = mean(max(line["strict"] for line in curve) for curve in seeds)
-        scores = [line["strict"] for line in last]
+        top = mean(max(line["score"] for line in curve) for curve in seeds)
+        scores = [line["score"] for line in last]
         around = f" ({min(scores):.3f} to {max(scores):.3f})" if len(scores) > 1 else ""
         rows.append([f"`{method}`", len(seeds), f"{mean(line['step'] for line in last):.0f}",
                      f"{mean(scores):.3f}{around}", f"{top:.3f}", f"{mean(line['distance'] for line in last):.3f}",
                      f"{mean(line['diversity'] for line in last):.2f}"])
     first = next(iter(curves.values()))[0][0]
-    rows.append(["base model", "", 0, f"{first['strict']:.3f}", "", f"{first['distance']:.3f}",
+    rows.append(["base model", "", 0, f"{first['score']:.3f}", "", f"{first['distance']:.3f}",
                  f"{first['diversity']:.2f}"])
-    return markdown(["method", "seeds", "steps", "strict accuracy at the end", "best on the way",
+    return markdown(["method", "seeds", "steps", "score at the end", "best on the way",
                      "distance from rendered pictures", "diversity within a prompt"], rows)
+
+
+def task_table(folder):
+    """Base and methods at the end of each task, under the reward it was trained on and every judge: mean over seeds."""
+    columns, rows = ["shapes, strict", "words", "pickscore"], []
+    for task in TASKS:
+        curves = load_results(folder, f"tasks-{task}")
+        base = [curve[0] for curve in next(iter(curves.values()), [])]
+        for name, lines in {"base": base, **{name: [curve[-1] for curve in c] for name, c in curves.items()}}.items():
+            values = [[line["rewards"].get(column) for line in lines] for column in columns]
+            values += [[-line["distance"] for line in lines], [line["diversity"] for line in lines]]
+            cells = ["" if None in v or not v else f"{mean(v):.3f}" + (
+                f" ({min(v):.3f} to {max(v):.3f})" if min(v) < max(v) else "") for v in values]
+            rows.append([task, f"`{name}`", len(lines), *cells])
+    return markdown(["task", "model", "seeds", *columns, "realism", "diversity"], rows)
 
 
 def draw(curves, path):
@@ -311,13 +330,13 @@ def draw(curves, path):
         for method, seeds in curves.items():
             n = min(len(curve) for curve in seeds)
             x = [mean(curve[i][unit] for curve in seeds) / (60 if unit == "seconds" else 1000) for i in range(n)]
-            scores = [[curve[i]["strict"] for curve in seeds] for i in range(n)]
+            scores = [[curve[i]["score"] for curve in seeds] for i in range(n)]
             line, = axis.plot(x, [mean(s) for s in scores], marker=".", label=method,
                               linewidth=2.5 if method == "dgpo" else 1.2)
             axis.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=line.get_color(), alpha=0.15)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("strict accuracy on held-out prompts")
+    axes[0].set_ylabel("score on held-out prompts")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=90)
 
@@ -330,27 +349,34 @@ def main(arguments=None):
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--ablation", choices=[*ABLATIONS, "all"])
-    parser.add_argument("--methods", default=",".join(PEERS), help="name:setting=value:...,name,...")
+    parser.add_argument("--tasks", choices=[*TASKS, "all"], help="train on this task, all judges watching")
+    parser.add_argument("--methods", help="name:setting=value:...,name,... (default: the peers, or those of --tasks)")
     parser.add_argument("--name", default="claims", help="of the result files, without --ablation")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--evaluations", type=int, default=12, help="how many a run")
     parser.add_argument("--eval-prompts", type=int, help="only the first N held-out prompts")
     parser.add_argument("--eval-images", type=int, default=4)
     args = parser.parse_args(arguments)
-    rows = load_prompts(ROOT / "shapes/prompts.txt")
-    held_out = load_prompts(ROOT / "shapes/heldout.txt")[:args.eval_prompts]
+    name, names, specs, tasks = args.name, [], PEERS, ["composition"]
     if args.ablation:
         name = "ablations"
         names = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
         specs = list(dict.fromkeys(spec for each in names for spec in ABLATIONS[each]))
-    else:
-        name, names, specs = args.name, [], args.methods.split(",")
+    if args.tasks:
+        specs, tasks = TASK_METHODS, list(TASKS) if args.tasks == "all" else [args.tasks]
+    specs = args.methods.split(",") if args.methods else specs
     try:
         for seed in range(args.first_seed, args.first_seed + args.seeds if args.budget else 0):
-            measure(specs, args.output_dir / f"{name}-{seed}.jsonl", seed, 60 * args.budget, args.evaluations, rows,
-                    held_out, dict(eval_images=args.eval_images))
+            for task in tasks:
+                path = args.output_dir / f"{f'tasks-{task}' if args.tasks else name}-{seed}.jsonl"
+                picture = measure(specs, task, path, seed, 60 * args.budget, args.evaluations, args.eval_prompts,
+                                  dict(eval_images=args.eval_images))
+                if args.tasks:
+                    picture.save(path.with_suffix(".png"))
     except UserError as error:
         sys.exit(f"claims.py: error: {error}")
+    if args.tasks:
+        return print("\n" + task_table(args.output_dir))
     curves = load_results(args.output_dir, name)
     for each in names:
         print(f"\n{each}\n\n" + quality_table({spec: curves[spec] for spec in ABLATIONS[each] if spec in curves}))

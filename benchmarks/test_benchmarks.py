@@ -30,6 +30,7 @@ from dgpo import (  # noqa: E402
     sample_ode,
     seeded,
 )
+from rewards import load_reward  # noqa: E402
 
 torch.set_num_threads(1)
 PROMPTS = ["a red circle", "three squares", "a star left of a ring", "a green cross and a blue triangle"]
@@ -296,14 +297,12 @@ def test_diffusion_dpo_sees_the_best_and_the_worst_of_a_group_alone():
     assert not torch.equal(*(gradient_of(accumulate_gradients, model, config, spoil=how) for how in (None, others)))
 
 
-def test_the_kernel_distance_is_zero_between_samples_of_one_distribution_alone():
-    x, y, z = (torch.randn(2000, 8, generator=seed(81 + i)) for i in range(3))
-    assert abs(claims.kernel_distance(x, y)) < 0.02 < 0.2 < claims.kernel_distance(x, z + 0.5)
+def test_diversity_is_the_mean_squared_distance_of_two_pictures_of_a_prompt():
     assert claims.spread(torch.randn(4000, 8, generator=seed(84)), 4) == pytest.approx(2 * 8, rel=0.05)
 
 
 def test_the_price_of_a_score_lies_between_evaluations():
-    curve = [{"strict": score, "images": images} for score, images in ((0.5, 0), (0.7, 100), (0.6, 200), (0.9, 300))]
+    curve = [{"score": score, "images": images} for score, images in ((0.5, 0), (0.7, 100), (0.6, 200), (0.9, 300))]
     assert [claims.price(curve, level, "images") for level in (0.6, 0.7, 0.8)] == pytest.approx([50, 100, 800 / 3])
     assert claims.price(curve, 0.95, "images") == math.inf
 
@@ -312,7 +311,7 @@ def test_the_price_of_a_score_lies_between_evaluations():
 def test_every_method_takes_a_step_from_the_base_model(method):
     tiny = ":groups_per_step=2:group_size=3:num_inference_steps=3:lora_rank=2"
     rows = [{"prompt": prompt} for prompt in PROMPTS]
-    run = claims.Run(method + tiny, 0, rows, rows[:1], {})
+    run = claims.Run(method + tiny, 0, rows, rows[:1], {"shapes": load_reward("shapes")}, {})
     before = [t.detach().clone() for t in run.model.lora.weights("current")]
     run.advance()
     assert all(math.isfinite(value) for value in run.metrics[0].values()) and run.evaluations > 0
@@ -342,11 +341,11 @@ def test_the_comparison_measures_methods_and_draws_and_prints_them(tmp_path, cap
     curves = claims.load_results(tmp_path, "claims")
     assert list(curves) == methods
     for (curve,) in curves.values():
-        assert curve[0]["step"] == 0 and curve[0]["strict"] == curves["dgpo"][0][0]["strict"]
+        assert curve[0]["step"] == 0 and curve[0]["score"] == curves["dgpo"][0][0]["score"]
         for before, after in itertools.pairwise(curve):
             assert all(after[name] > before[name] for name in ("step", "seconds", "images", "evaluations"))
         assert curve[-1]["images"] == 6 * curve[-1]["step"] and curve[-1]["seconds"] >= 0.6
-        assert set(curve[-1]) >= {"strict", "error", "graded", "distance", "diversity", "categories"}
+        assert set(curve[-1]) >= {"score", "error", "rewards", "distance", "diversity", "categories"}
     # DGPO: 3 forwards an image in rollouts; then reference, old, current and its backward pass at one timestep.
     steps = curves["dgpo"][0][-1]["step"]
     assert 6 * 3 * steps < curves["dgpo"][0][-1]["evaluations"] <= 6 * (3 + 4) * steps
@@ -354,8 +353,13 @@ def test_the_comparison_measures_methods_and_draws_and_prints_them(tmp_path, cap
     variants = ["dgpo:beta=2", "dgpo_own_noise" + flags]
     monkeypatch.setitem(claims.ABLATIONS, "noise", variants)
     claims.main(["--budget", "0.001", "--ablation", "noise", *few])
+    claims.main(["--budget", "0.001", "--tasks", "words", "--methods", "dgpo", *few])
     printed = capsys.readouterr().out
     assert all(f"| `{name}` | 1 |" in printed for name in [*methods, *variants])
+    assert all(f"| words | `{name}` | 1 |" in printed for name in ("base", "dgpo"))
+    curve, = claims.load_results(tmp_path, "tasks-words")["dgpo"]
+    assert set(curve[-1]["rewards"]) == {"words", "pickscore"}   # trained on and watching
+    assert Image.open(tmp_path / "tasks-words-0.png").height > 200
     with pytest.raises(SystemExit, match="unknown method 'ppo'; known: dgpo, "):
         claims.main(["--methods", "ppo", *few])
 

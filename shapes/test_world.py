@@ -1,5 +1,6 @@
 """What the embedded world promises, one property a test: python -m pytest -q shapes/test_world.py"""
 
+import itertools
 import random
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from rewards import connected_components  # noqa: E402
-from shapes import world  # noqa: E402
+from rewards import connected_components, load_reward  # noqa: E402
+from shapes import train_taste, world  # noqa: E402
 
 
 @pytest.mark.parametrize("prompt, category, objects, relation", [
@@ -176,3 +177,53 @@ def test_words_are_wanted_as_the_phrases_say_and_each_reward_refuses_the_others_
     for name, prompt in (("words", "a star"), ("shapes", 'a sign that says "fox"'), ("words", 'a sign with "foxes"')):
         with pytest.raises(ValueError, match="it (asks for|is not)"):
             getattr(world, name).check(prompt, {})
+
+
+def test_realism_is_minus_the_kernel_distance_to_rendered_pictures_shared_out():
+    x, y = (torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) + 0.3 * (n == 5) for n in (5, 7))
+
+    def mean_kernel(pairs):
+        return torch.stack([(a @ b / 6 + 1) ** 3 for a, b in pairs]).mean()
+
+    distance = (mean_kernel(itertools.permutations(x, 2)) + mean_kernel(itertools.permutations(y, 2))
+                - 2 * mean_kernel(itertools.product(x, y)))
+    assert world.kernel_closeness(x, y).mean().item() == pytest.approx(-distance.item(), rel=1e-5)
+
+
+def test_realism_falls_as_pictures_leave_the_rendered_ones_and_does_not_blame_others():
+    sentences = {**world.grammar(), "words": [world.PHRASES[0].format(word) for word in ("fox", "owl", "bed", "jam")]}
+    images, prompts = world.scenes(192, 31, sentences=sentences, weights=dict.fromkeys(sentences, 1.0))
+
+    def realism(changed):
+        return world.realism([Image.fromarray(image) for image in changed], prompts, None)
+
+    soft = sum(np.roll(images.astype(float), (i, j), (1, 2)) for i in range(-2, 3) for j in range(-2, 3)) / 25
+    grey = np.broadcast_to(images.mean(-1, keepdims=True), images.shape)
+    clean = realism(images).mean()
+    assert abs(clean) < 0.03
+    for spoilt in (soft, grey):
+        assert realism(spoilt.astype(np.uint8)).mean() < clean - 0.03
+    some = images.copy()
+    some[:20] = 255 - some[:20]   # dark backgrounds, which no rendered picture has
+    assert (realism(some)[:20] < realism(some)[20:].min()).all()
+    with pytest.raises(ValueError, match="not a sentence"):
+        world.realism.check("a purple cow", {})
+
+
+# ------------------------------------------------------------------------------------------------
+# The taste
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_taste_is_a_pickscore_that_agrees_with_its_labels_far_beyond_chance():
+    # The accuracy on fresh pairs that the aim is, 0.75 to 0.9, less three standard errors of 192 pairs; and right content counts.
+    torch.manual_seed(5)
+    prompts = [line for name in ("heldout.txt", "words_heldout.txt") for line in (HERE / name).read_text().splitlines()]
+    x, right, label, _ = train_taste.draw_pairs(train_taste.draw_pool(prompts, 5), torch.arange(len(prompts)))
+    images = [*map(Image.fromarray, ((x.flatten(0, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())]
+    prompts = [prompt for prompt in prompts for _ in range(2)]
+    scores = load_reward(f"pickscore={HERE / 'taste'}")(images, prompts, [{}] * len(prompts))
+    picked = scores.view(-1, 2).argmax(1)
+    assert 0.65 < (picked == label).float().mean() < 0.9
+    differ = right[:, 0] != right[:, 1]
+    assert (picked == right.long().argmax(1))[differ].float().mean() > 0.75

@@ -1,7 +1,8 @@
-"""The embedded world: its sentences, the drawing of a sentence, and its verifiers, the rewards `shapes` and `words`.
+"""The embedded world: its sentences, the drawing of a sentence, and its judges, the rewards below.
 
-They play the parts of GenEval's detector and of an OCR model for the toy world, and look at image and prompt alone.
+`shapes` and `words` play the parts of GenEval's detector and of an OCR model, and look at image and prompt alone:
 `shapes` gives 1.0 if everything that the prompt asks for is there and nothing else; `words` is `ocr`'s rule.
+`realism` compares a whole batch with rendered pictures of the same prompts; no run trains on it.
 """
 
 import itertools
@@ -9,12 +10,15 @@ import math
 import random
 import re
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rewards import RELATIONS, connected_components, ocr_score, wanted_text
+from rewards import RELATIONS, connected_components, load_pretrained, ocr_score, quiet_libraries, wanted_text
+
+VAE = Path(__file__).resolve().parent / "model/vae"
 
 # ------------------------------------------------------------------------------------------------
 # The grammar: GenEval's six categories over six shapes and eight colours, and signs with words
@@ -471,3 +475,69 @@ def _check_words(prompt, fields):
 
 
 words.check = _check_words
+
+# ------------------------------------------------------------------------------------------------
+# Realism: pictures against rendered ones of the same prompts
+# ------------------------------------------------------------------------------------------------
+
+MOST_DRAWN = 4   # objects that `place` finds room for
+
+
+@lru_cache
+def _load_vae():
+    """The embedded model's VAE, whatever model is trained: one ruler for all."""
+    quiet_libraries()
+    import diffusers  # late, as the other rewards do without it
+    diffusers.utils.logging.set_verbosity_error()
+    return load_pretrained(diffusers.AutoencoderKL, str(VAE), "cpu")
+
+
+@torch.no_grad()
+def vae_features(images):
+    """The VAE's latents of N pictures, uint8 RGB [N, 32, 32, 3], flat: float32 [N, D]."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.cat([_load_vae().encode(part).latent_dist.mode().flatten(1) for part in pixels.split(16)])
+
+
+@lru_cache(maxsize=4)   # evaluations ask for the same prompts again and again
+def rendered_features(prompts):
+    """`vae_features` of rendered pictures, one for each of a tuple of N prompts: float32 [N, D].
+
+    A prompt's pictures follow from its text alone, not from its place, nor from any other random numbers.
+    """
+    rngs = {prompt: random.Random(prompt) for prompt in prompts}
+    return vae_features(np.stack([render(parse_prompt(prompt), rngs[prompt]) for prompt in prompts]))
+
+
+def kernel_closeness(x, y):
+    """Each x's share of minus the distance of two samples, x [N, D] from y [M, D]: float32 [N], N and M at least 2.
+
+    Their mean is minus the squared distance in the kernel (x.y / D + 1)^3, unbiased (KID's, arXiv 1801.01401).
+    """
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def mean_of_others(a):   # of each to the rest of its own sample
+        own = kernel(a, a)
+        return (own.sum(1) - own.diagonal()) / (len(a) - 1)
+
+    return 2 * kernel(x, y).mean(1) - mean_of_others(x) - mean_of_others(y).mean()
+
+
+def realism(images, prompts, metadata):
+    """How much a batch looks like rendered pictures of its prompts, on which nothing is trained: about 0 if it does.
+
+    The mean is minus the kernel distance of both in the VAE's latents, an image's score its share of that: below 0 for
+    what rendered pictures do not look like, above for what there is too little of.  Raises ValueError for one image.
+    """
+    if len(images) < 2:
+        raise ValueError("it compares samples, so that it wants two images or more")
+    return kernel_closeness(vae_features(_pixels(images)), rendered_features(tuple(prompts)))
+
+
+def _check_realism(prompt, fields):
+    if len(parse_prompt(prompt)["objects"]) > MOST_DRAWN:
+        raise ValueError(f"it asks for more than {MOST_DRAWN} objects, for which a picture has no room")
+
+
+realism.check = _check_realism
