@@ -212,14 +212,14 @@ def test_a_rollout_is_its_schedulers_step_by_step(solver, shift):
 
 def test_the_default_solver_is_nearer_to_the_fine_ode_than_euler():
     model, _ = sd3()
-    prompts, noise = PROMPTS * 4, torch.randn(16, *model.latent_shape, generator=seed(5))
+    prompts, noise = PROMPTS * 2, torch.randn(8, *model.latent_shape, generator=seed(5))
 
     def draw(steps, solver):
         with torch.no_grad():
             return sample_ode(lambda x, sigma: model.velocity(x, sigma, prompts, "base"), noise,
                               ode_sigmas(steps, 3.0, solver), solver)
 
-    fine = draw(150, "dpm++2m")
+    fine = draw(60, "dpm++2m")
     for steps in (6, 8, 10):
         ours, euler = ((draw(steps, solver) - fine).pow(2).mean().sqrt() for solver in (Config().solver, "euler"))
         assert ours < 0.75 * euler
@@ -814,7 +814,7 @@ def test_a_reward_cannot_change_the_run_that_calls_it(tmp_path):
 
 
 @pytest.mark.parametrize("spec, sentence", [
-    ("shape", "unknown reward 'shape'; known: shapes, jpeg_compressibility, jpeg_incompres"), ("", "unknown reward ''"),
+    ("shape", "unknown reward 'shape'; known: shapes, words, realism, jpeg_compressib"), ("", "unknown reward ''"),
     ("shapes:1.0,pickscor:2", "unknown reward 'pickscor'"), ("shapes,shapes:-inf", "must be a finite number, not -inf"),
     ("shapes:nan", "the weight of the reward 'shapes' must be a finite number, not nan"),
     ("jpeg_compressibility=models/jpeg", "has no model, so it takes no '=models/jpeg'"),
@@ -1946,8 +1946,6 @@ def test_every_command_of_the_readme_runs(sd35, judges, tmp_path, monkeypatch):
     # Each as it stands there and then made short, with small models of the same kind in the place of the hub's.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shapes").symlink_to(ROOT / "shapes")
-    (tmp_path / "my_rewards.py").write_text("def brightness(images, prompts, metadata):\n"
-                                            "    return [i.convert('L').getpixel((9, 9)) for i in images]\n")
     for path in itertools.chain(*((f"geneval/{part}_metadata.jsonl", f"ocr/{part}.txt", f"pickscore/{part}.txt")
                                   for part in ("train", "test"))):
         (tmp_path / path).parent.mkdir(exist_ok=True)

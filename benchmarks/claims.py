@@ -86,12 +86,12 @@ ABLATIONS = {
 }
 
 TASTE = f"pickscore={ROOT / 'shapes/taste'}"
-# Task -> (training prompts, held-out prompts, the reward trained on and then the judges that only watch).  Besides, all
-# are judged by `quality`.
+# Task -> (training prompts, held-out prompts, the reward trained on and then the judges that only watch, settings of
+# its command in README).  Besides, all are judged by `quality`.
 TASKS = {
-    "composition": ("prompts.txt", "heldout.txt", ("shapes", TASTE)),
-    "words": ("words.txt", "words_heldout.txt", ("words", TASTE)),
-    "taste": ("prompts.txt", "heldout.txt", (TASTE, "shapes")),
+    "composition": ("prompts.txt", "heldout.txt", ("shapes", TASTE), {}),
+    "words": ("words.txt", "words_heldout.txt", ("words", TASTE), {"t_min": 0.05}),
+    "taste": ("prompts.txt", "heldout.txt", (TASTE, "shapes"), {}),
 }
 TASK_METHODS = ["flow_grpo:sde_window=4:noise_level=1", "dgpo", "dgpo:t_min=0"]
 PICTURED = 6   # prompts of each task in the figure
@@ -194,10 +194,10 @@ def measure(specs, task, path, seed, budget, evaluations, limit, common):
     limit: how many held-out prompts, None for all.  Returns the pictures of the first six under the base model and
     under every method, from the same noise: a PIL image.
     """
-    prompts, held_out, names = TASKS[task]
+    prompts, held_out, names, settings = TASKS[task]
     rows, held_out = load_prompts(ROOT / "shapes" / prompts), load_prompts(ROOT / "shapes" / held_out)[:limit]
     rewards = {name: load_reward(name) for name in names}
-    runs = [Run(spec, seed, rows, held_out, rewards, common) for spec in specs]
+    runs = [Run(spec, seed, rows, held_out, rewards, {**common, **settings}) for spec in specs]
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["method"] not in specs] \
         if path.exists() else []

@@ -6,6 +6,7 @@
 import dataclasses
 import importlib.util
 import itertools
+import json
 import math
 import re
 import shlex
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import baselines, claims, flow_grpo, throughput  # noqa: E402
+from benchmarks import baselines, claims, flow_grpo, record, throughput  # noqa: E402
 from dgpo import (  # noqa: E402
     EMBEDDED_MODEL,
     Config,
@@ -385,9 +386,22 @@ def test_every_command_of_the_readme_is_one_that_its_file_takes(tmp_path, monkey
     monkeypatch.setattr(claims, "draw", lambda curves, path: None)   # slow, and drawn above
     shutil.copytree(folder / "results", tmp_path / "results")
     commands = re.findall(r"python benchmarks/(\w+)\.py([^`\n#]*)", (folder / "README.md").read_text())
-    assert {name for name, _ in commands} == {"claims", "ocr", "kill", "scaling", "throughput"}
+    assert {name for name, _ in commands} == {"claims", "record", "ocr", "kill", "scaling", "throughput"}
     for name, flags in dict.fromkeys(commands):
         if name == "claims":   # made to print what was measured before and to measure nothing
             claims.main([*shlex.split(flags), "--budget", "0", "--output-dir", str(tmp_path / "results")])
         for flag in re.findall(r"--[\w-]+", flags):
             assert f'"{flag}"' in (folder / f"{name}.py").read_text()
+
+
+def test_the_record_is_the_time_to_a_score_that_is_kept_and_is_not_measured_twice(tmp_path, capsys):
+    curve = [(0, 0.5), (10, 0.91), (20, 0.84), (30, 0.9), (40, 0.92)]
+    assert [record.reached(curve, level) for level in (0.5, 0.8, 0.85, 0.9, 0.95)] == [0, 10, 30, 30, None]
+    method = "dgpo:groups_per_step=2:group_size=3:num_inference_steps=2:eval_num_inference_steps=2:eval_images=2"
+    flags = ["--method", method, "--seeds", "1", "--steps", "2", "--every", "1", "--eval-prompts", "2",
+             "--results", str(tmp_path / "record.jsonl")]
+    for _ in range(2):
+        record.main(flags)
+    lines = (tmp_path / "record.jsonl").read_text().splitlines()
+    assert len(lines) == 1 and len(json.loads(lines[0])["curve"]) == 3 and json.loads(lines[0])["bare"] > 0
+    assert capsys.readouterr().out.count(f"| `{method}` | 1 |") == 2
