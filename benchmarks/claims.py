@@ -188,14 +188,20 @@ class Run:
                 "categories": {name: round(value, 4) for name, value in summary["categories"].items()}}
 
 
+def task_prompts(task, limit):
+    """The training rows of a task and its first `limit` held-out ones, None for all."""
+    prompts, held_out, *_ = TASKS[task]
+    return load_prompts(ROOT / "shapes" / prompts), load_prompts(ROOT / "shapes" / held_out)[:limit]
+
+
 def measure(specs, task, path, seed, budget, evaluations, limit, common):
     """Give every method `budget` seconds of training, in turn, and write an evaluation a line.
 
     limit: how many held-out prompts, None for all.  Returns the pictures of the first six under the base model and
     under every method, from the same noise: a PIL image.
     """
-    prompts, held_out, names, settings = TASKS[task]
-    rows, held_out = load_prompts(ROOT / "shapes" / prompts), load_prompts(ROOT / "shapes" / held_out)[:limit]
+    rows, held_out = task_prompts(task, limit)
+    *_, names, settings = TASKS[task]
     rewards = {name: load_reward(name) for name in names}
     runs = [Run(spec, seed, rows, held_out, rewards, {**common, **settings}) for spec in specs]
     path.parent.mkdir(parents=True, exist_ok=True)

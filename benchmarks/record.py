@@ -12,7 +12,6 @@ weights have it and still have it at the next.  Results: record.jsonl, a line a 
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,8 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.claims import TASKS, Run, markdown, mean  # noqa: E402
-from dgpo import load_prompts  # noqa: E402
+from benchmarks.claims import Run, markdown, mean, task_prompts  # noqa: E402
 from rewards import load_reward  # noqa: E402
 
 LEVELS = (0.85, 0.9, 0.95)
@@ -47,9 +45,8 @@ def reached(curve, level):
 
 def measure(spec, seed, steps, every, limit=None):
     """Train one run and evaluate it every so many steps: what record.jsonl says of it."""
-    prompts, held_out, names, _ = TASKS["composition"]
-    rows, held_out = load_prompts(ROOT / "shapes" / prompts), load_prompts(ROOT / "shapes" / held_out)[:limit]
-    run = Run(spec, seed, rows, held_out, {"shapes": load_reward(names[0])}, {})
+    rows, held_out = task_prompts("composition", limit)
+    run = Run(spec, seed, rows, held_out, {"shapes": load_reward("shapes")}, {})
     texts = [row["prompt"] for row in held_out]
     bare, lines = [bare_forwards(run.model, texts)], [run.evaluate("base")]
     while run.step < steps:
@@ -58,8 +55,7 @@ def measure(spec, seed, steps, every, limit=None):
             lines.append(run.evaluate())
             print(f"{spec}  seed {seed}  step {run.step}  {run.seconds:.0f} s  {lines[-1]['score']:.3f}", flush=True)
     bare.append(bare_forwards(run.model, texts))
-    commit = subprocess.run("git describe --always --dirty", shell=True, cwd=ROOT, capture_output=True, text=True)
-    return {"method": spec, "seed": seed, "date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip(),
+    return {"method": spec, "seed": seed, "date": time.strftime("%Y-%m-%d"),
             "threads": torch.get_num_threads(), "bare": round(mean(bare), 1),
             "curve": [(line["seconds"], line["score"]) for line in lines],
             **{name: lines[-1][name] for name in ("step", "distance", "diversity", "categories")}}

@@ -32,10 +32,12 @@ from shapes.world import (  # noqa: E402
     LETTERS,
     MOST_LETTERS,
     PHRASES,
+    encode_images,
     grammar,
     parse_prompt,
     scenes,
     shapes,
+    to_unit,
     words,
 )
 
@@ -122,11 +124,6 @@ def build_pipeline(width=128, layers=6):
 # ------------------------------------------------------------------------------------------------
 
 
-def to_unit(images):
-    """uint8 [B, 32, 32, 3] -> float [B, 3, 32, 32] in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def train_vae(vae, images, steps, batch=32, log=print):
     """Reconstruct pictures through 8x8x4 latents; then set scaling_factor and shift_factor to whiten the latents."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -149,12 +146,6 @@ def train_vae(vae, images, steps, batch=32, log=print):
     vae.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
 
 
-@torch.no_grad()
-def encode_images(vae, images):
-    """uint8 [N, 32, 32, 3] -> raw latents [N, 4, 8, 8], before scaling."""
-    return torch.cat([vae.encode(to_unit(images[i:i + 256])).latent_dist.mean for i in range(0, len(images), 256)])
-
-
 def encode_text(pipe, token_ids):
     """Token ids [B, MAX_TOKENS] -> what the pipeline feeds the transformer: ([B, MAX_TOKENS + 1, 128], [B, 128])."""
     outs = [encoder(token_ids, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
@@ -162,10 +153,10 @@ def encode_text(pipe, token_ids):
     return F.pad(tokens, (0, 0, 0, MAX_SEQUENCE_LENGTH)), torch.cat([out.text_embeds for out in outs], -1)
 
 
-def tokenize(pipe, prompts):
+def tokenize(tokenizer, prompts):
     """Strings -> int64 ids [B, MAX_TOKENS], padded and truncated as the pipeline does."""
-    return pipe.tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True,
-                          return_tensors="pt").input_ids
+    return tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True,
+                     return_tensors="pt").input_ids
 
 
 def flow_parameters(pipe):
@@ -185,7 +176,7 @@ def train_flow(pipe, latents, token_ids, steps, learning_rate, seed, batch=64, e
     optimizer = torch.optim.AdamW(params, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda k: min(1.0, (k + 1) / 100, max(0.02, 3 * (1 - k / steps))))
-    empty = tokenize(pipe, [""])
+    empty = tokenize(pipe.tokenizer, [""])
     start, running = time.time(), 0.0
     for step in range(steps):
         rows = torch.randint(len(latents), (batch,))
@@ -262,7 +253,7 @@ def main():
         if seed == 1:
             train_vae(pipe.vae, images, 2000)
         latents = (encode_images(pipe.vae, images) - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-        train_flow(pipe, latents, tokenize(pipe, prompts), steps, learning_rate, seed)
+        train_flow(pipe, latents, tokenize(pipe.tokenizer, prompts), steps, learning_rate, seed)
     save(pipe, output)
     pipe = StableDiffusion3Pipeline.from_pretrained(output, text_encoder_3=None, tokenizer_3=None)
     for name, (strict, graded) in score(pipe, held_out + held_out_signs).items():

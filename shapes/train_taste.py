@@ -16,17 +16,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from shapes.train_base import MAX_TOKENS, build_tokenizer, sign_sentences, to_unit  # noqa: E402
-from shapes.world import CATEGORY_WEIGHT, contradict, grammar, parse_prompt, render  # noqa: E402
+from shapes.train_base import MAX_TOKENS, build_tokenizer, sign_sentences, tokenize  # noqa: E402
+from shapes.world import (  # noqa: E402
+    CATEGORY_WEIGHT,
+    contradict,
+    encode_images,
+    grammar,
+    load_vae,
+    parse_prompt,
+    render,
+    to_unit,
+)
 
 SIGNS = 0.2         # share of prompts for signs
 RIGHT, WRONG = 2, 2  # pictures for each prompt: as it says; in contradiction to it, and of another prompt
-RULE_NOISE = 0.5    # of the logistic noise in a label
+RULE_NOISE = 0.5    # scale of the logistic noise in a label
 STEPS, BATCH, LEARNING_RATE = 5000, 64, 2e-3
 
 
@@ -57,11 +65,11 @@ def draw_pool(prompts, seed):
             images[row, k] = max((render(scene, rng) for _ in range(rng.choice((1, 1, 1, 3)))), key=imbalance)
     balance = torch.tensor([[imbalance(image) for image in row] for row in images])
     scrawl = torch.zeros(balance.shape)
-    vae, flat = AutoencoderKL.from_pretrained(HERE / "model/vae"), images.reshape(-1, 32, 32, 3)
+    vae, flat = load_vae(), images.reshape(-1, 32, 32, 3)
     for rows in torch.randperm(len(flat))[:len(flat) // 3].split(32):
         strength = 0.4 * torch.rand(len(rows))
         with torch.no_grad():
-            latents = vae.encode(to_unit(flat[rows])).latent_dist.mean
+            latents = encode_images(vae, flat[rows])
             noise = strength.view(-1, 1, 1, 1) * torch.randn_like(latents) / vae.config.scaling_factor
             pixels = (vae.decode(latents + noise).sample / 2 + 0.5).clamp(0, 1) * 255
         flat[rows] = pixels.round().byte().permute(0, 2, 3, 1).numpy()
@@ -97,6 +105,7 @@ def draw_pairs(pool, rows):
 
 
 def build_model(tokenizer):
+    """A CLIPModel with random weights that reads this tokenizer's ids and 32x32 pictures."""
     tower = dict(num_attention_heads=4, hidden_act="gelu")
     tokens = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, vocab_size=len(tokenizer),
@@ -150,6 +159,7 @@ def report(model, pool, token_ids, categories):
 
 
 def main():
+    """Everything from the world and the base's VAE: pictures, pairs, training with its accuracy, the saved model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output", default=str(HERE / "taste"), help="folder for the model")
     output = parser.parse_args().output
@@ -162,8 +172,7 @@ def main():
     categories = rng.choices(list(weights), list(weights.values()), k=12_000)
     prompts = [p for p in (rng.choice(sentences[name]) for name in categories) if p not in set(held_out)]
     fresh = held_out * 10
-    ids, fresh_ids = (tokenizer(lines, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-                      for lines in (prompts, fresh))
+    ids, fresh_ids = (tokenize(tokenizer, lines) for lines in (prompts, fresh))
     pool, fresh_pool = draw_pool(prompts, 6), draw_pool(fresh, 7)
     print(f"pictures drawn  {time.time() - start:.0f} s", flush=True)
     meanings, numbers = [str({**parse_prompt(prompt), "category": ""}) for prompt in prompts], {}
@@ -186,7 +195,7 @@ def main():
             print(f"{step + 1}  pairs {pairs:.3f}  clip {clip:.3f}  {table}  {time.time() - start:.0f} s", flush=True)
     model.half().save_pretrained(output)
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
-                                      image_mean=[0.5] * 3, image_std=[0.5] * 3)
+                                   image_mean=[0.5] * 3, image_std=[0.5] * 3)
     CLIPProcessor(processor, tokenizer).save_pretrained(output)
 
 

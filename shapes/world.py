@@ -484,7 +484,7 @@ MOST_DRAWN = 4   # objects that `place` finds room for
 
 
 @lru_cache
-def _load_vae():
+def load_vae():
     """The embedded model's VAE, whatever model is trained: one ruler for all."""
     quiet_libraries()
     import diffusers  # late, as the other rewards do without it
@@ -492,11 +492,20 @@ def _load_vae():
     return load_pretrained(diffusers.AutoencoderKL, str(VAE), "cpu")
 
 
+def to_unit(images):
+    """uint8 [B, 32, 32, 3] -> float [B, 3, 32, 32] in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 @torch.no_grad()
+def encode_images(vae, images):
+    """uint8 [N, 32, 32, 3] -> raw latents [N, 4, 8, 8], before scaling."""
+    return torch.cat([vae.encode(to_unit(images[i:i + 16])).latent_dist.mean for i in range(0, len(images), 16)])
+
+
 def vae_features(images):
     """The VAE's latents of N pictures, uint8 RGB [N, 32, 32, 3], flat: float32 [N, D]."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
-    return torch.cat([_load_vae().encode(part).latent_dist.mode().flatten(1) for part in pixels.split(16)])
+    return encode_images(load_vae(), images).flatten(1)
 
 
 @lru_cache(maxsize=4)   # evaluations ask for the same prompts again and again
