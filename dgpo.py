@@ -37,6 +37,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,10 +88,9 @@ class Config:
 
     # Task
     prompt_file: str = setting("", "training prompts: one a line, or .jsonl with `prompt` and metadata", free=True)
-    eval_prompt_file: str = setting("", "held-out prompts (default: heldout.txt beside the prompt file, else a tenth "
-                                        "of it)", free=True)
+    eval_prompt_file: str = setting("", "held-out prompts (default: NAME_heldout.txt or heldout.txt beside NAME.txt)",
+                                    free=True)
     model: str = setting("", "folder in diffusers' format, or hub id (default: the embedded model)", free=True)
-    t5: bool = setting(True, "load the T5 text encoder; without it, zeros take its tokens' place")
     reward: str = setting("shapes", "reward: NAME, NAME=FOLDER, file.py:function, or a sum NAME:weight,NAME:weight")
     eval_reward: str = setting("realism", "judges, watched at every evaluation and not trained on: NAME,NAME")
     evaluate: bool = setting(False, "only score all prompts of --prompt-file, one column a reward, and with --lora")
@@ -136,7 +136,6 @@ class Config:
     rollout_batch_size: int = setting(256, "images sampled at once", free=True)
     train_batch_size: int = setting(96, "samples in one backward pass; does not change the gradient", free=True)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory", free=True)
-    compile: bool = setting(False, "compile the transformer's blocks, once for all batch sizes", free=True)
     # Evaluation and saving
     eval_every: int = setting(50, "steps between evaluations on held-out prompts")
     eval_prompts: int = setting(0, "how many of the held-out prompts are used, 0: all", low=0)
@@ -362,7 +361,7 @@ def load_model(config):
     with blame(f"--model {path} cannot be loaded{hint}"):
         index = diffusers.DiffusionPipeline.load_config(path, local_files_only=local)
         for name, (library, kind) in ((n, value) for n, value in index.items() if isinstance(value, (list, tuple))):
-            if library is None or (name.endswith("_3") and not config.t5):
+            if library is None:
                 parts[name] = None   # from_pretrained wants to be told what is left out
             elif local and not os.path.isdir(os.path.join(path, name)):
                 raise UserError(f"--model {path} has no folder {name}")   # an empty tokenizer would be made up
@@ -396,9 +395,6 @@ class SD3:
         self.lora = LoRA(self.transformer, config.lora_rank, 2 * config.lora_rank, targets, config.seed)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if config.compile:
-            for block in self.transformer.transformer_blocks:   # one by one: they share their code, hence the compiling
-                block.compile(dynamic=True)
         shape, factor = self.transformer.config, 2 ** (len(self.vae.config.block_out_channels) - 1)
         step, most = shape.patch_size * factor, shape.patch_size * factor * shape.pos_embed_max_size
         if config.resolution % step or config.resolution > most:
@@ -629,20 +625,18 @@ def train(config):
                                   weight_decay=config.weight_decay)
     lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
     step = encoded = lines[-1]["step"] if lines else 0
-    if len(set(gather(lambda: step))) > 1:
-        raise UserError(f"not all processes see the run in {config.output_dir}: it must lie on a disk that all share")
     first, heard, stopped_by = processes()[0] == 0, hear_signals(), 0
     run = Run(config, about(model, rewards, rows, held_out), lines) if first else None
     before = after = evaluate(model, rewards, held_out, config, "base")
     if first and not lines:
-        run.record(0, *before, held_out, model.lora)
+        run.record(0, before, before, held_out, model.lora)
     try:
         with tqdm(total=config.steps, initial=step, desc="dgpo", bar_format=BAR) as bar:
             while True:
                 if config.lora or step and (step % config.eval_every == 0 or step == config.steps):
                     after = evaluate(model, rewards, held_out, config, "ema")
                     if first and (config.lora or "evaluation" not in run.lines[-1]):
-                        run.record(step, *after, held_out, model.lora)
+                        run.record(step, before, after, held_out, model.lora)
                 if first and step and (step % config.save_every == 0 or step == config.steps or stopped_by):
                     run.save(model, optimizer, step)
                 if step >= config.steps or stopped_by:
@@ -669,7 +663,7 @@ def train(config):
         print(f"stopped after step {step}; --resume {config.output_dir} goes on", file=sys.stderr)
         return stopped_by
     if first:
-        run.report(before, after, held_out)
+        run.report(before[0], after[0], held_out)
     return 0
 
 
@@ -911,16 +905,18 @@ class Run:
                 if type(number) in (int, float) and name != "step":
                     self.board.add_scalar(f"{name}/{inner}".strip("/"), number, line["step"])
 
-    def record(self, step, scores, images, rows, lora):
-        """Log and draw an evaluation, `evaluate`'s scores and images; the best LoRA so far is kept."""
-        (target, *judges), K = scores, self.config.eval_images
+    def record(self, step, before, after, rows, lora):
+        """Log and draw an evaluation beside the base model's, `evaluate`'s results; the best LoRA so far is kept."""
+        (scores, images), (target, *judges), K = after, after[0], self.config.eval_images
         summary = {name: summarize(score, rows) for name, score in scores.items()}
         if summary[target]["score"] > max((score for _, score in self.scores()), default=math.inf):
             lora.export(self.folder / "lora_best", step=step, held_out_score=summary[target]["score"])
         self.log({"step": step, "evaluation": True, **{f"eval_{key}": v for key, v in summary[target].items()},
                   "eval_judges": {name: summary[name]["score"] for name in judges}})
-        captions = [f"{row['prompt']}  {s.mean():.2f}" for row, s in zip(rows[:PICTURED], scores[target])]
-        picture = picture_rows(images[:len(captions) * K], captions)
+        captions = [f"{row['prompt']}  {was.mean():.2f} -> {now.mean():.2f}"
+                    for row, was, now in zip(rows[:PICTURED], before[0][target], scores[target])]
+        picture = picture_rows([image for i in range(len(captions)) for part in (before[1], images)
+                                for image in part[i * K:(i + 1) * K]], captions)
         picture.save(self.folder / f"samples/{step:06d}.png")
         if self.board:
             self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
@@ -936,18 +932,14 @@ class Run:
             path.unlink()
 
     def report(self, before, after, rows):
-        """From two of `evaluate`'s results: before_after.png, a table of each reward, a warning of judges that fell."""
-        target, K, images, captions = next(iter(before[0])), self.config.eval_images, [], []
-        for i, row in enumerate(rows[:PICTURED]):
-            images += before[1][i * K:(i + 1) * K] + after[1][i * K:(i + 1) * K]
-            captions.append(f"{row['prompt']}  {before[0][target][i].mean():.2f} -> {after[0][target][i].mean():.2f}")
-        picture_rows(images, captions).save(self.folder / "before_after.png")
-        for name in before[0]:
-            text, fell = comparison(name, before[0][name], after[0][name], rows)
+        """From two of `evaluate`'s scores: a table of each reward and a warning of judges that fell."""
+        shutil.copy(max(self.folder.glob("samples/*.png")), self.folder / "before_after.png")
+        for i, name in enumerate(before):
+            text, fell = comparison(name, before[name], after[name], rows)
             print("\n" + text)
-            if fell and name != target:
-                print(f"{name} fell by more than two standard errors: look at the pictures, {target} may have been "
-                      "gained at its cost (reward hacking)")
+            if fell and i:
+                print(f"{name} fell by more than two standard errors: look at the pictures, {next(iter(before))} may "
+                      "have been gained at its cost (reward hacking)")
         print(f"\n{time.monotonic() - self.started:.0f} s in all; everything is in {self.folder}")
 
 

@@ -575,25 +575,15 @@ def test_micro_batches_of_any_size_give_the_gradient_of_the_whole_batch(referenc
             t.grad = None
 
 
-def test_gradient_checkpointing_and_compiling_leave_the_update_unchanged():
-    preset, weights = throughput.PRESETS["tiny"], []
-    preset = {**preset, "transformer": {**preset["transformer"], "num_layers": 1}}   # compiling takes its time
-    for how in ({}, {"gradient_checkpointing": True}, {"compile": True}):
-        config = Config(device="cpu", lora_rank=4, train_batch_size=5, lora_targets="attn.to_q,attn.to_out.0", **how)
-        torch.manual_seed(27)
-        model = throughput.random_model(preset, config, PROMPTS)
+def test_gradient_checkpointing_leaves_the_update_unchanged():
+    weights = []
+    for checkpointing in (False, True):
+        model, config = sd3(gradient_checkpointing=checkpointing)
         randomize(model, "current", 0.05, 26)
-        inputs = update_inputs(model)
-        rollout(model, PROMPTS, inputs[0][0, :4], 2, "current", config)
-        update(model, torch.optim.SGD(model.lora.weights("current"), lr=1.0), *inputs, config, step=0)
+        update(model, torch.optim.SGD(model.lora.weights("current"), lr=1.0), *update_inputs(model), config, step=0)
+        assert model.transformer.gradient_checkpointing == checkpointing
         weights.append(torch.cat([t.detach().flatten() for t in model.lora.weights("current")]))
-        if config.compile:   # all that a run does is compiled by now, whatever the batch size and the policy
-            with torch.compiler.set_stance("fail_on_recompile"):
-                rollout(model, PROMPTS[:3], inputs[0][0, :3], 2, "ema", config)
-                update(model, torch.optim.SGD(model.lora.weights("current"), lr=1.0), *update_inputs(model, size=4),
-                       config, step=1)
-    torch.testing.assert_close(weights[1], weights[0])
-    torch.testing.assert_close(weights[2], weights[0], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*weights)
 
 
 def test_groups_without_signal_add_no_gradient_to_the_loss():
@@ -1716,9 +1706,8 @@ def test_a_pipeline_with_t5_goes_through_the_whole_command_line(sd35, tmp_path, 
     scores, printed = judged(tmp_path / "scores", "--lora", tmp_path / "run/lora")
     assert len(scores) == 2 and scores[0] != scores[1] and printed.count("before     after    change") == 2
     assert (tmp_path / "scores/before_after.png").exists()
-    # Without a LoRA, the base alone; without a T5, zeros in its place, so other images.
-    (base,), _ = judged(tmp_path / "no-t5", "--no-t5")
-    assert base != scores[0]
+    (base,), _ = judged(tmp_path / "base")   # without a LoRA, the base alone
+    assert base == scores[0]
 
 
 PUBLISHED = dict(   # what the authors' code runs in its default mode

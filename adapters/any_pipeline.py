@@ -34,9 +34,6 @@ class AnyPipeline:
             self.lora = LoRA(self.transformer, config.lora_rank, 2 * config.lora_rank, targets, config.seed)
             if config.gradient_checkpointing:
                 self.transformer.enable_gradient_checkpointing()
-            for blocks in self.transformer.children() if config.compile else ():
-                for block in blocks if isinstance(blocks, torch.nn.ModuleList) else ():
-                    block.compile(dynamic=True)
             # Guidance is an input of some models; for the others, 1 or 0 switches it off.
             self.takes, pipe._guidance_scale = inspect.signature(type(pipe).__call__).parameters, 1.0
             self.no_guidance = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0

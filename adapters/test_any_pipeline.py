@@ -438,14 +438,6 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(name, folders):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_compile_takes_every_block_once(folders, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
-    model = adapt(folders("FLUX.1"), "FLUX.1", compile=True)
-    blocks = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
-    assert [block for block, _ in compiled] == blocks and all(options == {"dynamic": True} for _, options in compiled)
-
-
 def test_lora_targets_and_the_length_of_texts_may_be_chosen(folders):
     for tokens in (0, 24):
         model = adapt(folders("FLUX.1"), "FLUX.1", lora_targets="to_q, proj_mlp", max_sequence_length=tokens)

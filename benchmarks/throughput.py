@@ -1,7 +1,6 @@
 r"""How fast a training step is, and how much of it is not the transformer's own time.
 
     python benchmarks/throughput.py                       # Stable Diffusion 3.5 Medium, 512x512, on the device there is
-    python benchmarks/throughput.py --compile             # the same with compiled transformer blocks
     python benchmarks/throughput.py --preset tiny         # a few seconds on a CPU
     python benchmarks/throughput.py --preset embedded --groups-per-step 8 --group-size 12 --rollout-batch-size 256 \
         --train-batch-size 96 --repeats 15                # the default job's step, random weights
@@ -208,7 +207,6 @@ def main():
     parser.add_argument("--rollout-batch-size", type=int, default=24)
     parser.add_argument("--train-batch-size", type=int, default=24)
     parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--count-memory", action="store_true")
     parser.add_argument("--transformer", help="with --count-memory: a class of diffusers to count instead")
@@ -229,7 +227,7 @@ def main():
     samples = images * config.timesteps_per_rollout
     step, bare = row["rollout"] + row["update"], row["bare_rollout"] + row["bare_update"]
     print_table({
-        "compiled": config.compile, "checkpointing": config.gradient_checkpointing,
+        "checkpointing": config.gradient_checkpointing,
         "batch of rollout, update": f"{config.rollout_batch_size}, {config.train_batch_size}",
         "rollout, images/s": f"{images / row['rollout']:.2f}", "update, samples/s": f"{samples / row['update']:.2f}",
         "rollout / bare": f"{row['rollout'] / row['bare_rollout']:.3f}",
