@@ -11,7 +11,8 @@ All runs of a seed stand side by side in one process and take their steps in tur
 least time, so that whatever else the machine does falls on all of them alike.  They share model, prompts, reward, LoRA
 and evaluation, all of them dgpo.py's.  Time is that of one CPU core: torch gets one thread, and the clock is the
 process's own, which other programs cannot slow down.  It stands still during evaluations, which lie ever further apart,
-as curves rise fast at first.  Results: NAME-SEED.jsonl, a line an evaluation; a run made again replaces its lines.
+as curves rise fast at first.  Results: NAME-SEED.jsonl, a line an evaluation; what is there already is not measured
+again, so that the same command goes on where it was interrupted, and what is there in part is replaced.
 """
 
 import argparse
@@ -86,14 +87,19 @@ ABLATIONS = {
 }
 
 TASTE = f"pickscore={ROOT / 'shapes/taste'}"
-# Task -> (training prompts, held-out prompts, the reward trained on and then the judges that only watch, settings of
-# its command in README).  Besides, all are judged by `quality`.
+FLOW_GRPO = "flow_grpo:sde_window=4:noise_level=1"   # its strongest form in composition
+# DGPO with the settings of the words' command in README, and without what they have besides t_min.
+SPELLING = "dgpo:t_min=0.05:num_inference_steps=10"
+SPELLING_GUIDED = SPELLING + ":reference_guidance_scale=3:kl_weight=0.1:learning_rate=0.0014"
+# Task -> (training prompts, held-out prompts, the reward trained on and then the judges that only watch, methods).
+# Besides, all are judged by `quality`.
 TASKS = {
-    "composition": ("prompts.txt", "heldout.txt", ("shapes", TASTE), {}),
-    "words": ("words.txt", "words_heldout.txt", ("words", TASTE), {"t_min": 0.05}),
-    "taste": ("prompts.txt", "heldout.txt", (TASTE, "shapes"), {}),
+    "composition": ("prompts.txt", "heldout.txt", ("shapes", TASTE), (FLOW_GRPO, "dgpo", "dgpo:t_min=0")),
+    "words": ("words.txt", "words_heldout.txt", ("words", TASTE),
+              ("flow_grpo:num_inference_steps=10", FLOW_GRPO + ":num_inference_steps=10", SPELLING_GUIDED, SPELLING,
+               SPELLING.replace("0.05", "0"))),
+    "taste": ("prompts.txt", "heldout.txt", (TASTE, "shapes"), (FLOW_GRPO, "dgpo", "dgpo:t_min=0")),
 }
-TASK_METHODS = ["flow_grpo:sde_window=4:noise_level=1", "dgpo", "dgpo:t_min=0"]
 PICTURED = 6   # prompts of each task in the figure
 
 # ------------------------------------------------------------------------------------------------
@@ -201,9 +207,9 @@ def measure(specs, task, path, seed, budget, evaluations, limit, common):
     under every method, from the same noise: a PIL image.
     """
     rows, held_out = task_prompts(task, limit)
-    *_, names, settings = TASKS[task]
+    names = TASKS[task][2]
     rewards = {name: load_reward(name) for name in names}
-    runs = [Run(spec, seed, rows, held_out, rewards, {**common, **settings}) for spec in specs]
+    runs = [Run(spec, seed, rows, held_out, rewards, common) for spec in specs]
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["method"] not in specs] \
         if path.exists() else []
@@ -228,6 +234,12 @@ def measure(specs, task, path, seed, budget, evaluations, limit, common):
     pictures += [run.images for run in runs]
     captions = [row["prompt"] for row in held_out[:PICTURED]]
     return picture_rows([image for row in zip(*pictures) for image in row], captions)
+
+
+def measured(path, specs, budget):
+    """Whether a file of results holds all methods to the end of their `budget` seconds: a queue goes on behind it."""
+    lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
+    return set(specs) <= {line["method"] for line in lines if line["seconds"] >= budget}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -369,13 +381,16 @@ def main(arguments=None):
         names = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
         specs = list(dict.fromkeys(spec for each in names for spec in ABLATIONS[each]))
     if args.tasks:
-        specs, tasks = TASK_METHODS, list(TASKS) if args.tasks == "all" else [args.tasks]
-    specs = args.methods.split(",") if args.methods else specs
+        tasks = list(TASKS) if args.tasks == "all" else [args.tasks]
+    chosen = args.methods.split(",") if args.methods else None
     try:
         for seed in range(args.first_seed, args.first_seed + args.seeds if args.budget else 0):
             for task in tasks:
                 path = args.output_dir / f"{f'tasks-{task}' if args.tasks else name}-{seed}.jsonl"
-                picture = measure(specs, task, path, seed, 60 * args.budget, args.evaluations, args.eval_prompts,
+                methods = chosen or (TASKS[task][3] if args.tasks else specs)
+                if measured(path, methods, 60 * args.budget):
+                    continue
+                picture = measure(methods, task, path, seed, 60 * args.budget, args.evaluations, args.eval_prompts,
                                   dict(eval_images=args.eval_images))
                 if args.tasks:
                     picture.save(path.with_suffix(".png"))
