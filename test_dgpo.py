@@ -1545,17 +1545,24 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
     assert not any((tmp_path / "run/checkpoints").iterdir())
 
 
-def test_training_raises_the_reward(tmp_path):
-    # The defaults on four prompts that the base model often gets wrong; every step draws all four.
-    prompts, steps, window = tmp_path / "prompts.txt", 20, 6
-    prompts.write_text("a star and a triangle\nfour red squares\na purple square left of a pink cross\n"
-                       "an orange cross and a black triangle\n")
-    assert main(["--prompt-file", str(prompts), "--eval-prompt-file", str(prompts), "--steps", str(steps),
-                 "--groups-per-step", "4", "--device", "cpu", "--output-dir", str(tmp_path / "run")]) == 0
+@pytest.mark.parametrize("rows, flags", [
+    (["a star and a triangle", "four red squares", "a purple square left of a pink cross",
+      "an orange cross and a black triangle"], []),
+    (['a sign that says "boat"', 'a board that reads "hug"', 'a sign with the word "corn"', 'a sign that says "kite"'],
+     ["--reward", "words", "--t-min", "0.05"]),
+    (["a circle", "two pink rings", "a green star right of a red cross", "a yellow ring and a blue star"],
+     ["--reward", f"pickscore={ROOT / 'shapes/taste'}"])], ids=["composition", "words", "taste"])
+def test_each_of_the_three_jobs_raises_its_reward(tmp_path, rows, flags):
+    # On four prompts that the base model often gets wrong; every step draws all four.
+    prompts, steps, window = tmp_path / "prompts.txt", 12, 4
+    prompts.write_text("\n".join(rows))
+    assert main(["--prompt-file", str(prompts), "--eval-prompt-file", str(prompts), "--steps", str(steps), "--device",
+                 "cpu", "--groups-per-step", "4", "--learning-rate", "2e-3", "--eval-images", "1", "--output-dir",
+                 str(tmp_path / "run"), *flags]) == 0
     rewards = np.array([line["reward_mean"] for line in metrics_of(tmp_path / "run") if "evaluation" not in line])
     first, last = rewards[:window], rewards[-window:]
     standard_error = ((first.var(ddof=1) + last.var(ddof=1)) / window) ** 0.5
-    assert last.mean() - first.mean() > 3 * standard_error
+    assert last.mean() - first.mean() > 3 * standard_error, rewards
 
 
 @pytest.mark.parametrize("size, tile", [((32, 32), (96, 96)), ((300, 600), (256, 512)), ((200, 100), (200, 100))])
