@@ -109,7 +109,7 @@ class Config:
     guidance_scale: float = setting(1.0, "guidance of rollouts and evaluation, up to 1: none (paper: 4.5)", low=0)
     shift: float = setting(0.0, "timestep shift of solver and training, 0: the model's own (paper: 3)", low=0)
     resolution: int = setting(0, "image side in pixels, 0: the model's own (paper: 512)", low=0)
-    max_sequence_length: int = setting(1, "T5 tokens; without a T5, the zero tokens in its place (paper: 128)", low=0)
+    max_sequence_length: int = setting(1, "T5 tokens, or zeros for them; 0: the pipeline's own (paper: 128)", low=0)
     rollout_old_after: int = setting(0, "updates after which rollouts use the old policy, 0: never (paper: 200)", low=0)
     # Objective
     beta: float = setting(10.0, "strength of the preference inside the sigmoid (paper: 10 to 100)", low=1e-6)
@@ -387,7 +387,7 @@ class SD3:
         """Take a StableDiffusion3Pipeline: the model goes to the device, the text encoders wait in main memory."""
         self.pipe, self.vae, self.transformer, self.texts = pipe, pipe.vae, pipe.transformer, {}
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
-        self.max_sequence_length = config.max_sequence_length
+        self.max_sequence_length = config.max_sequence_length or 256   # the pipeline's own
         self.encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
         self.transformer.to(self.device)
         self.vae.to(self.device)   # in float32: the half types overflow in it or cost it visible precision

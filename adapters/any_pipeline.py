@@ -111,7 +111,10 @@ class AnyPipeline:
     def velocity(self, x, sigma, prompts, policy, guidance_scale=1.0):
         """The policy's velocity at x [B, ...] for B prompts, float32 like x; sigma: a number, 0-d, or [B]."""
         self.lora.select(policy)
-        self.forms.add(guided := guidance_scale > 1 and not self.transformer.config.get("guidance_embeds"))
+        embedded = self.transformer.config.get("guidance_embeds")
+        if embedded and guidance_scale <= 1:   # a distilled model's input: the rollouts', in updates too
+            guidance_scale = self.config.guidance_scale
+        self.forms.add(guided := guidance_scale > 1 and not embedded)
         self.encode([*self.texts, *prompts])
         sigmas = torch.as_tensor(sigma, dtype=torch.float32).expand(len(x)).tolist()
         # One prompt and sigma a call: texts padded to one length would change some families' results.

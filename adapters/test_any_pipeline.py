@@ -312,6 +312,7 @@ def test_eulers_steps_on_our_velocities_are_the_pipelines_own_call(name, folders
     family, model = FAMILIES[name], adapt(folders(name), name, guidance_scale=3.0)
     ends = []
     for guidance_scale in (1.0, 3.0):
+        model.config.guidance_scale = guidance_scale   # which a distilled model is given in updates, too
         noise, steps, picture, sigmas = own_call(load(folders(name)), family, PROMPTS[0], guidance_scale)
         assert noise.shape[1:] == model.latent_shape
         with torch.no_grad():
@@ -436,6 +437,13 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(name, folders):
         gradients.append([t.grad for t in model.lora.weights("current") if t.grad is not None])
         assert model.transformer.gradient_checkpointing == checkpointing
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_a_distilled_models_guidance_is_an_input_and_the_rollouts_in_updates_too(folders):
+    model, x = adapt(folders("FLUX.1"), "FLUX.1", guidance_scale=3.5), torch.randn(1, 16, 16, generator=seed(4))
+    with torch.no_grad():   # updates ask for the scale 1, which is not what the images were drawn with
+        updates, rollouts, other = (model.velocity(x, 0.5, PROMPTS[:1], "base", scale) for scale in (1.0, 3.5, 5.0))
+    assert torch.equal(updates, rollouts) and not torch.equal(updates, other)
 
 
 def test_lora_targets_and_the_length_of_texts_may_be_chosen(folders):

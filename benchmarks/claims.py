@@ -21,11 +21,13 @@ import functools
 import json
 import math
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -335,6 +337,23 @@ def task_table(folder):
     return markdown(["task", "model", "seeds", *columns, "realism", "diversity"], rows)
 
 
+def join_pictures(folder):
+    """The first seed's pictures of all tasks, with the methods' names above their columns: a PIL image."""
+    parts = []
+    for task in TASKS:
+        picture = Image.open(folder / f"tasks-{task}-0.png")
+        names = ["base", *load_results(folder, f"tasks-{task}")]
+        side, heading = picture.width // (len(names) + 1), Image.new("RGB", (picture.width, 84), "white")
+        for i, name in enumerate(names):   # the prompts stand in the middle column
+            ImageDraw.Draw(heading).text(((i + (i >= len(names) // 2)) * side + 4, 4),
+                                         textwrap.fill(name.replace(":", " "), 15), "black")
+        parts += [heading, picture]
+    whole = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    for i, part in enumerate(parts):
+        whole.paste(part, (0, sum(before.height for before in parts[:i])))
+    return whole
+
+
 def draw(curves, path):
     """Score against seconds, images and evaluations: mean over seeds and, as a band, their range."""
     import matplotlib
@@ -397,6 +416,8 @@ def main(arguments=None):
     except UserError as error:
         sys.exit(f"claims.py: error: {error}")
     if args.tasks:
+        if all((args.output_dir / f"tasks-{task}-0.png").exists() for task in TASKS):
+            join_pictures(args.output_dir).save(args.output_dir / "tasks.png")
         return print("\n" + task_table(args.output_dir))
     curves = load_results(args.output_dir, name)
     for each in names:

@@ -364,7 +364,11 @@ def test_the_comparison_measures_methods_and_draws_and_prints_them(tmp_path, cap
     assert all(f"| words | `{name}` | 1 |" in printed for name in ("base", "dgpo"))
     curve, = claims.load_results(tmp_path, "tasks-words")["dgpo"]
     assert set(curve[-1]["rewards"]) == {"words", "pickscore"}   # trained on and watching
-    assert Image.open(tmp_path / "tasks-words-0.png").height > 200
+    picture = Image.open(tmp_path / "tasks-words-0.png")
+    for task in claims.TASKS:
+        shutil.copy(tmp_path / "tasks-words-0.png", tmp_path / f"tasks-{task}-0.png")
+    whole = claims.join_pictures(tmp_path)   # each with its heading
+    assert picture.width == whole.width == 3 * 96 and whole.height == 3 * (picture.height + 84)
     with pytest.raises(SystemExit, match="unknown method 'ppo'; known: dgpo, "):
         claims.main(["--methods", "ppo", *few])
 
