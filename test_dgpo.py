@@ -1286,13 +1286,8 @@ def test_what_a_reward_cannot_score_is_known_beforehand(judges, tmp_path):
                 ask(prompt, fields)
             assert f"'{name}' cannot score the prompt" in str(caught.value).replace(f"={judges.get(name)}", "")
             assert len(str(caught.value)) < 600 and str(caught.value).isprintable()
-    # A sum asks all of its terms; and a hundred thousand prompts are no matter of minutes.
-    both, start = load_reward(f"shapes,ocr={judges['ocr']}"), time.process_time()
-    with pytest.raises(UserError, match="ocr=.*cannot score the prompt 'a star'"):
-        both.check("a star", {})
-    for _ in range(10_000):
-        both.check("a red star left of a blue ring", {"text": "x"}), loaded["geneval"].check("a dog", blank)
-    assert time.process_time() - start < 2
+    with pytest.raises(UserError, match="ocr=.*cannot score the prompt 'a star'"):   # a sum asks all of its terms
+        load_reward(f"shapes,ocr={judges['ocr']}").check("a star", {})
 
 
 # ------------------------------------------------------------------------------------------------
