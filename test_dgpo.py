@@ -1540,24 +1540,26 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
     assert not any((tmp_path / "run/checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("rows, flags", [
-    (["a star and a triangle", "four red squares", "a purple square left of a pink cross",
-      "an orange cross and a black triangle"], []),
-    (['a sign that says "boat"', 'a board that reads "hug"', 'a sign with the word "corn"', 'a sign that says "kite"'],
-     ["--reward", "words", "--t-min", "0.05"]),
-    (["a circle", "two pink rings", "a green star right of a red cross", "a yellow ring and a blue star"],
-     ["--reward", f"pickscore={ROOT / 'shapes/taste'}"])], ids=["composition", "words", "taste"])
-def test_each_of_the_three_jobs_raises_its_reward(tmp_path, rows, flags):
+@pytest.mark.parametrize("steps, rows, flags", [
+    (22, ["a star and a triangle", "a cross and a ring", "a purple square and a pink cross",
+          "an orange cross and a black triangle"], []),
+    (12, ['a sign that says "sea"', 'a board that reads "hug"', 'a sign with the word "corn"', 'a sign that says "sun"'],
+     ["--reward", "words", "--t-min", "0.05", "--learning-rate", "2e-3"]),
+    (12, ["a circle", "two pink rings", "a green star right of a red cross", "a yellow ring and a blue star"],
+     ["--reward", f"pickscore={ROOT / 'shapes/taste'}", "--learning-rate", "2e-3"])],
+    ids=["composition", "words", "taste"])
+def test_each_of_the_three_jobs_raises_its_reward(tmp_path, steps, rows, flags):
     # On four prompts that the base model often gets wrong; every step draws all four.
-    prompts, steps, window = tmp_path / "prompts.txt", 12, 4
+    prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(rows))
-    assert main(["--prompt-file", str(prompts), "--eval-prompt-file", str(prompts), "--steps", str(steps), "--device",
-                 "cpu", "--groups-per-step", "4", "--learning-rate", "2e-3", "--eval-images", "1", "--output-dir",
-                 str(tmp_path / "run"), *flags]) == 0
+    assert main(["--prompt-file", str(prompts), "--eval-prompt-file", str(prompts), "--steps", str(steps), *flags,
+                 "--device", "cpu", "--groups-per-step", "4", "--eval-images", "1", "--output-dir",
+                 str(tmp_path / "run")]) == 0
     rewards = np.array([line["reward_mean"] for line in metrics_of(tmp_path / "run") if "evaluation" not in line])
-    first, last = rewards[:window], rewards[-window:]
-    standard_error = ((first.var(ddof=1) + last.var(ddof=1)) / window) ** 0.5
-    assert last.mean() - first.mean() > 3 * standard_error, rewards
+    step = np.arange(steps) - (steps - 1) / 2
+    slope = (step * rewards).sum() / (step ** 2).sum()
+    error = ((rewards - rewards.mean() - slope * step) ** 2).sum() / (steps - 2) / (step ** 2).sum()
+    assert slope > 3 * error ** 0.5, rewards
 
 
 @pytest.mark.parametrize("size, tile", [((32, 32), (96, 96)), ((300, 600), (256, 512)), ((200, 100), (200, 100))])
