@@ -62,7 +62,6 @@ from rewards import UserError, blame, load_pretrained, load_reward, prompt_categ
 # ---- SETTINGS: this list is the command line -----------------------------------------------------------------------
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent / "shapes/model"
-TEXTS_AHEAD = 2048    # prompts kept encoded in main memory, besides the held-out ones
 PICTURED = 12         # held-out prompts whose images are shown and saved
 POLICIES = ("current", "old", "ema")   # trained; behind it, for clip and rollouts; its average, evaluated and exported
 BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"   # fits 80 columns
@@ -624,7 +623,7 @@ def train(config):
     optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
                                   weight_decay=config.weight_decay)
     lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
-    step = encoded = lines[-1]["step"] if lines else 0
+    step = lines[-1]["step"] if lines else 0
     first, heard, stopped_by = processes()[0] == 0, hear_signals(), 0
     run = Run(config, about(model, rewards, rows, held_out), lines) if first else None
     before = after = evaluate(model, rewards, held_out, config, "base")
@@ -641,13 +640,10 @@ def train(config):
                     run.save(model, optimizer, step)
                 if step >= config.steps or stopped_by:
                     break
-                if step >= encoded:   # many steps' prompts at once, as the text encoders come to the device for it
-                    encoded = min(config.steps, step + max(1, TEXTS_AHEAD // config.groups_per_step))
-                    ahead = [row for later in range(step, encoded)
-                             for row in rows_of_step(rows, later, config)[own(config.groups_per_step)]]
-                    model.encode(["", *(row["prompt"] for row in [*held_out[own(len(held_out))], *ahead])])
-                metrics = train_step(model, optimizer, rewards[config.reward], rows_of_step(rows, step, config), step,
-                                     config)
+                drawn = rows_of_step(rows, step, config)
+                mine = [*held_out[own(len(held_out))], *drawn[own(len(drawn))]]
+                model.encode(["", *(row["prompt"] for row in mine)])
+                metrics = train_step(model, optimizer, rewards[config.reward], drawn, step, config)
                 step += 1
                 stopped_by = max(gather(lambda: max(heard, default=0)))   # all stop after the same step
                 if first:

@@ -501,17 +501,15 @@ def test_the_default_lora_is_on_attn_alone_as_published():
     assert down.std().item() == pytest.approx(1 / 32, rel=0.1) and not up.any()   # "gaussian", as published
 
 
-def test_prompts_are_encoded_ahead_and_no_more_of_them_than_wanted(tmp_path, monkeypatch):
+def test_no_more_prompts_are_kept_encoded_than_the_held_out_and_a_steps(tmp_path, monkeypatch):
     asked, encode = [], SD3.encode
-    monkeypatch.setattr(dgpo, "TEXTS_AHEAD", 6)
     monkeypatch.setattr(SD3, "encode", lambda model, prompts: asked.append(prompts) or encode(model, prompts))
-    assert run(tmp_path, "--steps", 5, "--groups-per-step", 2, "--eval-prompts", 2) == 0
+    assert run(tmp_path, "--steps", 2, "--groups-per-step", 2, "--eval-prompts", 2) == 0
     config = Config(**{name: value for name, value in json.loads((tmp_path / "config.json").read_text()).items()
                        if name in Config.__dataclass_fields__})
     _, _, rows, held_out = prepare(config)
-    asked = asked[:3]
-    windows = [[row for step in steps for row in rows_of_step(rows, step, config)] for steps in ((0, 1, 2), (3, 4))]
-    assert asked[1:] == [["", *(row["prompt"] for row in held_out + window)] for window in windows]
+    drawn = [rows_of_step(rows, step, config) for step in (0, 1)]
+    assert asked[1:3] == [["", *(row["prompt"] for row in held_out + each)] for each in drawn]
 
 
 def test_embeddings_are_the_pipelines_cut_off_as_they_are_there():
@@ -1683,8 +1681,7 @@ def sd35(request, tmp_path_factory):
     return folder
 
 
-def test_a_pipeline_with_t5_goes_through_the_whole_command_line(sd35, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dgpo, "TEXTS_AHEAD", 2)
+def test_a_pipeline_with_t5_goes_through_the_whole_command_line(sd35, tmp_path, capsys):
     prompts = tmp_path / "geneval.jsonl"
     prompts.write_text("".join(json.dumps({**row, "prompt": f"{row['prompt']} {word}"}) + "\n"
                                for row in GENEVAL for word in ("", "at night", "by day", "in rain")))
