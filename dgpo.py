@@ -717,15 +717,18 @@ def summarize(scores, rows):
 def comparison(name, before, after, rows):
     """The table of scores [N, K] before and after, categories by rows: (text, whether they fell).
 
-    A fall is a change of the mean below minus twice its standard error, which is taken over the same prompts.
+    A fall is a change of the mean below minus twice its standard error, which is taken over the same prompts.  Where
+    `after` is `before` itself, nothing was trained and there is one column.
     """
-    columns = [summarize(scores, rows) for scores in (before, after, after - before)]
-    lines = [f"{name[-30:]:30s}    before     after    change"]
-    for label in columns[0]["categories"] if len(columns[0]["categories"]) > 1 else ():
-        lines.append(f"{label:30s}" + "".join(f"{column['categories'][label]:10.3f}" for column in columns))
+    scores = {"score": before} if after is before else {"before": before, "after": after, "change": after - before}
+    columns = {label: summarize(score, rows) for label, score in scores.items()}
+    *_, last = columns.values()
+    lines = [f"{name[-30:]:30s}" + "".join(f"{label:>10s}" for label in columns)]
+    for category in last["categories"] if len(last["categories"]) > 1 else ():
+        lines.append(f"{category:30s}" + "".join(f"{c['categories'][category]:10.3f}" for c in columns.values()))
     for label, key in (("all", "score"), ("standard error over prompts", "error")):
-        lines.append(f"{label:30s}" + "".join(f"{column[key]:10.3f}" for column in columns))
-    return "\n".join(lines), columns[2]["score"] < -2 * columns[2]["error"]
+        lines.append(f"{label:30s}" + "".join(f"{c[key]:10.3f}" for c in columns.values()))
+    return "\n".join(lines), "change" in columns and last["score"] < -2 * last["error"]
 
 
 def picture_rows(images, captions):

@@ -686,6 +686,8 @@ def test_a_table_compares_the_same_prompts_and_notices_a_fall():
         assert noticed == fell, table
     assert re.search(r"aesthetic +before +after +change\nsingle_object +4.600 +4.550 +-0.050\n"
                      r"counting +3.600 +3.550 +-0.050\nall +4.100 +4.050 +-0.050\n", table)
+    table, noticed = comparison("aesthetic", before, before, rows)   # nothing was trained: not a table of zeros
+    assert not noticed and re.search(r"aesthetic +score\nsingle_object +4.600\ncounting +3.600\nall +4.100\n", table)
 
 # ------------------------------------------------------------------------------------------------
 # PROMPTS
