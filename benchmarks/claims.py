@@ -338,19 +338,20 @@ def task_table(folder):
 
 
 def join_pictures(folder):
-    """The first seed's pictures of all tasks, with the methods' names above their columns: a PIL image."""
-    parts = []
-    for task in TASKS:
-        picture = Image.open(folder / f"tasks-{task}-0.png")
+    """The first seed's pictures of all tasks side by side, the methods' names above their columns: a PIL image."""
+    pictures = [Image.open(folder / f"tasks-{task}-0.png") for task in TASKS]
+    gap, top = 24, 140
+    whole = Image.new("RGB", (sum(picture.width + gap for picture in pictures) - gap,
+                              max(picture.height for picture in pictures) + top), "white")
+    left = 0
+    for task, picture in zip(TASKS, pictures):
         names = ["base", *load_results(folder, f"tasks-{task}")]
-        side, heading = picture.width // (len(names) + 1), Image.new("RGB", (picture.width, 84), "white")
         for i, name in enumerate(names):   # the prompts stand in the middle column
-            ImageDraw.Draw(heading).text(((i + (i >= len(names) // 2)) * side + 4, 4),
-                                         textwrap.fill(name.replace(":", " "), 15), "black")
-        parts += [heading, picture]
-    whole = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
-    for i, part in enumerate(parts):
-        whole.paste(part, (0, sum(before.height for before in parts[:i])))
+            place = left + (i + (i >= len(names) // 2)) * picture.width // (len(names) + 1)
+            text = textwrap.fill(name.replace(":", " "), 15)
+            ImageDraw.Draw(whole).text((place + 4, 4), text, "black")
+        whole.paste(picture, (left, top))
+        left += picture.width + gap
     return whole
 
 

@@ -368,7 +368,7 @@ def test_the_comparison_measures_methods_and_draws_and_prints_them(tmp_path, cap
     for task in claims.TASKS:
         shutil.copy(tmp_path / "tasks-words-0.png", tmp_path / f"tasks-{task}-0.png")
     whole = claims.join_pictures(tmp_path)   # each with its heading
-    assert picture.width == whole.width == 3 * 96 and whole.height == 3 * (picture.height + 84)
+    assert whole.size == (3 * picture.width + 2 * 24, picture.height + 140)
     with pytest.raises(SystemExit, match="unknown method 'ppo'; known: dgpo, "):
         claims.main(["--methods", "ppo", *few])
 
