@@ -1543,9 +1543,9 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
 @pytest.mark.parametrize("steps, rows, flags", [
     (22, ["a star and a triangle", "a cross and a ring", "a purple square and a pink cross",
           "an orange cross and a black triangle"], []),
-    (12, ['a sign that says "sea"', 'a board that reads "hug"', 'a sign with the word "corn"',
+    (22, ['a sign that says "sea"', 'a board that reads "hug"', 'a sign with the word "corn"',
           'a board that reads "oak"'],
-     ["--reward", "words", "--t-min", "0.05", "--learning-rate", "2e-3"]),
+     ["--reward", "words", "--t-min", "0.05", "--learning-rate", "1e-3"]),
     (12, ["a circle", "two pink rings", "a green star right of a red cross", "a yellow ring and a blue star"],
      ["--reward", f"pickscore={ROOT / 'shapes/taste'}", "--learning-rate", "2e-3"])],
     ids=["composition", "words", "taste"])
