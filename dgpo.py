@@ -624,6 +624,8 @@ def train(config):
                                   weight_decay=config.weight_decay)
     lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
     step = lines[-1]["step"] if lines else 0
+    if len(set(gather(lambda: step))) > 1:
+        raise UserError(f"not all processes see the run in {config.output_dir}: it must lie on a disk that all share")
     first, heard, stopped_by = processes()[0] == 0, hear_signals(), 0
     run = Run(config, about(model, rewards, rows, held_out), lines) if first else None
     before = after = evaluate(model, rewards, held_out, config, "base")
