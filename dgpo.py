@@ -933,14 +933,15 @@ class Run:
             path.unlink()
 
     def report(self, before, after, rows):
-        """From two of `evaluate`'s scores: a table of each reward and a warning of judges that fell."""
+        """before_after.png, the last picture; a table of each of `evaluate`'s scores, a warning of judges that fell."""
         shutil.copy(max(self.folder.glob("samples/*.png")), self.folder / "before_after.png")
-        for i, name in enumerate(before):
+        target = next(iter(before))
+        for name in before:
             text, fell = comparison(name, before[name], after[name], rows)
             print("\n" + text)
-            if fell and i:
-                print(f"{name} fell by more than two standard errors: look at the pictures, {next(iter(before))} may "
-                      "have been gained at its cost (reward hacking)")
+            if fell and name != target:
+                print(f"{name} fell by more than two standard errors: look at the pictures, {target} may have been "
+                      "gained at its cost (reward hacking)")
         print(f"\n{time.monotonic() - self.started:.0f} s in all; everything is in {self.folder}")
 
 

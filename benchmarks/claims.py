@@ -90,7 +90,7 @@ ABLATIONS = {
 
 TASTE = f"pickscore={ROOT / 'shapes/taste'}"
 FLOW_GRPO = "flow_grpo:sde_window=4:noise_level=1"   # its strongest form in composition
-# DGPO with the settings of the words' command in README, and without what they have besides t_min.
+# DGPO on words with a plain reference, and with README's command, in which it is guided.
 SPELLING = "dgpo:t_min=0.05:num_inference_steps=10"
 SPELLING_GUIDED = SPELLING + ":reference_guidance_scale=3:kl_weight=0.1:learning_rate=0.0014"
 # Task -> (training prompts, held-out prompts, the reward trained on and then the judges that only watch, methods).
@@ -99,7 +99,7 @@ TASKS = {
     "composition": ("prompts.txt", "heldout.txt", ("shapes", TASTE), (FLOW_GRPO, "dgpo", "dgpo:t_min=0")),
     "words": ("words.txt", "words_heldout.txt", ("words", TASTE),
               ("flow_grpo:num_inference_steps=10", FLOW_GRPO + ":num_inference_steps=10", SPELLING_GUIDED, SPELLING,
-               SPELLING.replace("0.05", "0"))),
+               "dgpo:t_min=0:num_inference_steps=10")),
     "taste": ("prompts.txt", "heldout.txt", (TASTE, "shapes"), (FLOW_GRPO, "dgpo", "dgpo:t_min=0")),
 }
 PICTURED = 6   # prompts of each task in the figure
@@ -209,8 +209,7 @@ def measure(specs, task, path, seed, budget, evaluations, limit, common):
     under every method, from the same noise: a PIL image.
     """
     rows, held_out = task_prompts(task, limit)
-    names = TASKS[task][2]
-    rewards = {name: load_reward(name) for name in names}
+    rewards = {name: load_reward(name) for name in TASKS[task][2]}
     runs = [Run(spec, seed, rows, held_out, rewards, common) for spec in specs]
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["method"] not in specs] \

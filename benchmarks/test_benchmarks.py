@@ -28,6 +28,7 @@ from dgpo import (  # noqa: E402
     load_model,
     load_prompts,
     ode_sigmas,
+    parse_arguments,
     sample_ode,
     seeded,
 )
@@ -379,6 +380,15 @@ def test_every_ablation_differs_from_the_default_in_a_known_setting(spec):
     default = claims.parse_method("dgpo", 0, {})[1]
     assert (config != default) == (":" in spec)
     assert config.groups_per_step * config.group_size == 96
+
+
+def test_the_words_task_is_trained_as_by_the_readmes_command():
+    command = re.search(r"python dgpo.py (.*--reward words.*)", (claims.ROOT / "README.md").read_text())[1]
+    readme, (_, ours) = parse_arguments(shlex.split(command, comments=True)), claims.parse_method(
+        claims.SPELLING_GUIDED, 0, {})
+    for name in ("t_min", "num_inference_steps", "reference_guidance_scale", "kl_weight", "learning_rate", "beta",
+                 "clip_range", "group_size", "groups_per_step", "timesteps_per_rollout", "updates_per_rollout"):
+        assert getattr(ours, name) == getattr(readme, name), name
 
 
 def test_the_throughput_benchmark_prints_its_table(capsys, monkeypatch):

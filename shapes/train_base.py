@@ -43,11 +43,11 @@ from shapes.world import (  # noqa: E402
 
 MAX_TOKENS = 13           # the longest sentence, 'a sign with the word "oven"', with its two end tokens
 MAX_SEQUENCE_LENGTH = 1   # the zero tokens that stand in for the missing T5; the pipeline's default would be 256
-# The phases of the flow's training: seed, pictures drawn, share of signs, probability that a sign's caption is wrong in
-# a letter, steps, learning rate.  Two that both begin where the second ended make one model: SPELLER is the share of
-# the third, which can spell, the rest is the fourth, which often does not.  The average can more than it shows.
-PHASES = ((1, 100_000, 0.35, 0.0, 6000, 1.2e-3), (2, 40_000, 0.12, 0.3, 2500, 8e-4),
-          (3, 40_000, 0.5, 0.0, 1800, 1e-3), (3, 40_000, 0.3, 0.6, 2500, 1e-3))
+# The phases of the flow's training: the one whose end it begins from, seed, pictures drawn, share of signs, probability
+# that a sign's caption is wrong in a letter, steps, learning rate.  The last two make one model: SPELLER is the share
+# of the first of them, which can spell, the rest is the other, which often does not.
+PHASES = ((None, 1, 100_000, 0.35, 0.0, 6000, 1.2e-3), (0, 2, 40_000, 0.12, 0.3, 2500, 8e-4),
+          (1, 3, 40_000, 0.5, 0.0, 1800, 1e-3), (1, 3, 40_000, 0.3, 0.6, 2500, 1e-3))
 SPELLER = 0.15
 
 # ------------------------------------------------------------------------------------------------
@@ -253,19 +253,19 @@ def main():
     held_out, held_out_signs = ((HERE / name).read_text().splitlines() for name in ("heldout.txt", "words_heldout.txt"))
     sentences = {**grammar(), "words": sign_sentences(40_000, 3, held_out_signs)}
     pipe, ends = build_pipeline(), []
-    for seed, count, signs, wrong, steps, learning_rate in PHASES:
+    for begin, seed, count, signs, wrong, steps, learning_rate in PHASES:
         weights = {**{name: (1 - signs) * weight for name, weight in CATEGORY_WEIGHT.items()}, "words": signs}
         noise = {**dict.fromkeys(CATEGORIES, 0.0), "words": wrong} if wrong else None
         images, prompts = scenes(count, seed, noise, set(held_out), sentences, weights)
         print(f"scenes drawn  {time.time() - start:.0f} s", flush=True)
-        if not ends:
+        if begin is None:
             train_vae(pipe.vae, images, 2000)
-        elif len(ends) == 3:
-            put(pipe, ends[1])
+        else:
+            put(pipe, ends[begin])
         latents = (encode_images(pipe.vae, images) - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
         train_flow(pipe, latents, tokenize(pipe.tokenizer, prompts), steps, learning_rate, seed)
         ends.append([p.detach().clone() for p in flow_parameters(pipe)])
-    put(pipe, torch._foreach_lerp(ends[3], ends[2], SPELLER))
+    put(pipe, torch._foreach_lerp(ends[-1], ends[-2], SPELLER))
     save(pipe, output)
     pipe = StableDiffusion3Pipeline.from_pretrained(output, text_encoder_3=None, tokenizer_3=None)
     for name, (strict, graded) in score(pipe, held_out + held_out_signs).items():
