@@ -21,8 +21,7 @@ Departures from the paper and from its authors' published code:
     anew; theirs are M of the first points of the rollout's own grid, as integers, the same for all groups of a step.
  2. `--updates-per-rollout` may split the M timesteps over several optimizer steps (the authors take one).
  3. Groups without signal (all rewards equal) are not trained on at all, so the KL term leaves them out too.
- 4. For the embedded job the learning rate falls; the authors' is constant.
- 5. The last evaluation has as many solver steps as the others; theirs has 40 instead of 14 (`--evaluate` makes one).
+ 4. The last evaluation has as many solver steps as the others; theirs has 40 instead of 14.
 """
 
 import argparse
@@ -72,8 +71,8 @@ PAPER = dict(
     dtype="bfloat16", reward="pickscore", eval_reward="", steps=1000, groups_per_step=24, group_size=24,
     num_inference_steps=10, guidance_scale=4.5, resolution=512, max_sequence_length=128, rollout_old_after=200,
     t_min=0.4, updates_per_rollout=1, beta=100.0, clip_range=1e-2, kl_weight=2e-2, old_decay=0.3, old_decay_ramp=1e-3,
-    learning_rate=3e-4, learning_rate_decay=0, lora_rank=64, ema_decay=0.987, rollout_batch_size=24,
-    train_batch_size=24, gradient_checkpointing=True, eval_prompts=100, eval_num_inference_steps=14)
+    learning_rate=3e-4, lora_rank=64, ema_decay=0.987, batch_size=24, gradient_checkpointing=True, eval_prompts=100,
+    eval_num_inference_steps=14)
 
 
 def setting(default, help, low=1, high=10 ** 9, choices=None, free=False):
@@ -92,11 +91,10 @@ class Config:
     model: str = setting("", "folder in diffusers' format, or hub id (default: the embedded model)", free=True)
     reward: str = setting("shapes", "reward: NAME, NAME=FOLDER, file.py:function, or a sum NAME:weight,NAME:weight")
     eval_reward: str = setting("realism", "judges, watched at every evaluation and not trained on: NAME,NAME")
-    evaluate: bool = setting(False, "only score all prompts of --prompt-file, one column a reward, and with --lora")
-    lora: str = setting("", "with --evaluate: a run's lora/ folder, compared with the model without it")
+    lora: str = setting("", "a run's lora/ folder to begin with; with --steps 0, it is only compared with the model")
     output_dir: str = setting("", "where everything is written (default: a new folder in runs/)", free=True)
     resume: str = setting("", "a run's folder: go on with it, with its own settings", free=True)
-    steps: int = setting(150, "training steps (one rollout of all groups each)", low=0, free=True)
+    steps: int = setting(150, "training steps (one rollout of all groups each); 0: only evaluate", low=0, free=True)
     seed: int = setting(0, "seed of LoRA, prompt order and noises", low=0)
     device: str = setting("", "cpu, cuda, ... (default: cuda if there is one)", free=True)
     dtype: str = setting("float32", "dtype of the frozen model", choices=("float32", "bfloat16"))
@@ -106,7 +104,6 @@ class Config:
     num_inference_steps: int = setting(6, "solver steps of a rollout (paper: 10)")
     solver: str = setting("dpm++2m", "ODE solver of rollouts and evaluation", choices=("euler", "dpm++2m"))
     guidance_scale: float = setting(1.0, "guidance of rollouts and evaluation, up to 1: none (paper: 4.5)", low=0)
-    shift: float = setting(0.0, "timestep shift of solver and training, 0: the model's own (paper: 3)", low=0)
     resolution: int = setting(0, "image side in pixels, 0: the model's own (paper: 512)", low=0)
     max_sequence_length: int = setting(1, "T5 tokens, or zeros for them; 0: the pipeline's own (paper: 128)", low=0)
     rollout_old_after: int = setting(0, "updates after which rollouts use the old policy, 0: never (paper: 200)", low=0)
@@ -124,16 +121,10 @@ class Config:
     old_decay: float = setting(0.5, "EMA decay of the old policy, an update (paper: 0.3)", low=0, high=1)
     old_decay_ramp: float = setting(1.0, "old_decay is at most this times the updates before (paper: 0.001)", low=0)
     # Optimisation and compute
-    learning_rate: float = setting(7e-4, "AdamW's learning rate (paper: 3e-4, constant)", low=1e-12)
-    learning_rate_decay: int = setting(200, "k steps in, the rate is divided by sqrt(1 + k / this), 0: constant", low=0)
-    weight_decay: float = setting(1e-4, "AdamW's weight decay (paper: 1e-4)", low=0)
-    max_grad_norm: float = setting(1.0, "gradient-norm clipping, 0: none (paper: 1)", low=0)
+    learning_rate: float = setting(7e-4, "AdamW's learning rate (paper: 3e-4)", low=1e-12)
     lora_rank: int = setting(32, "LoRA rank; alpha is twice the rank (paper: 64)")
-    lora_targets: str = setting("", "name endings of the layers that get a LoRA (default: the attention's, but SD3.5's "
-                                    "second one)")
     ema_decay: float = setting(0.98, "EMA decay, an update, of the exported weights (paper: .95-.99)", low=0, high=1)
-    rollout_batch_size: int = setting(256, "images sampled at once", free=True)
-    train_batch_size: int = setting(96, "samples in one backward pass; does not change the gradient", free=True)
+    batch_size: int = setting(96, "images drawn, and samples trained on, at once; changes memory alone", free=True)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory", free=True)
     # Evaluation and saving
     eval_every: int = setting(50, "steps between evaluations on held-out prompts")
@@ -141,7 +132,7 @@ class Config:
     eval_images: int = setting(4, "images a held-out prompt, from noises that stay the same")
     eval_num_inference_steps: int = setting(10, "solver steps of evaluation (paper: 14)")
     save_every: int = setting(50, "steps between checkpoints", free=True)
-    log_with: str = setting("", "log numbers and samples there too", choices=("", "tensorboard", "wandb"), free=True)
+    tensorboard: bool = setting(False, "write numbers and samples for TensorBoard, too", free=True)
 
     def check(self):
         """Refuse values with which a run would waste its time.  Raises UserError."""
@@ -152,8 +143,6 @@ class Config:
         if self.timesteps_per_rollout % self.updates_per_rollout:
             raise UserError(f"--updates-per-rollout {self.updates_per_rollout} must divide --timesteps-per-rollout "
                             f"{self.timesteps_per_rollout}")
-        if self.lora and not self.evaluate:
-            raise UserError("--lora is for --evaluate: a run starts from the model, or goes on with --resume")
 
 
 # ---- FLOW MATCHING: time, noise and the deterministic solvers (paper, section 2) -----------------------------------
@@ -263,14 +252,19 @@ class LoRALinear(nn.Module):
 
     `active` is the pair in force, or None for W alone.
     """
+    scale = 2.0   # alpha / rank
 
-    def __init__(self, base, rank, scale, generator):
+    def __init__(self, base, rank, generator):
         super().__init__()
-        self.base, self.scale, self.active = base, scale, None
-        # As in the LoRA paper, `down` is Gaussian and `up` zero: every policy starts as the base model.  Kept in fp32
-        # whatever the base's dtype, because the steps of AdamW are smaller than bf16 can add.
-        pair = torch.randn(rank, base.in_features, generator=generator) / rank, torch.zeros(base.out_features, rank)
-        self.policies = {policy: [t.to(base.weight.device, copy=True) for t in pair] for policy in POLICIES}
+        self.base, self.active = base, None
+        # As in the LoRA paper, `down` is Gaussian and `up` zero: every policy starts as the base model.
+        down = torch.randn(rank, base.in_features, generator=generator) / rank
+        self.start(down, torch.zeros(base.out_features, rank))
+
+    def start(self, *pair):
+        """Let all policies begin with one pair: down [rank, in], up [out, rank]."""
+        # In fp32 whatever the base's dtype, because the steps of AdamW are smaller than bf16 can add.
+        self.policies = {p: [t.to(self.base.weight.device, torch.float32, copy=True) for t in pair] for p in POLICIES}
         for t in self.policies["current"]:
             t.requires_grad_()
 
@@ -285,23 +279,15 @@ class LoRALinear(nn.Module):
 
 
 class LoRA:
-    """The LoRA layers of a transformer, in all linear layers whose names end with one of `targets`, and their policies.
+    """The LoRA layers of a transformer, where a linear layer's name ends with one of `targets`, and their policies."""
 
-    Raises UserError for a target that no layer's name ends with.
-    """
-
-    def __init__(self, transformer, rank, alpha, targets, seed=0):
+    def __init__(self, transformer, rank, targets, seed=0):
         transformer.requires_grad_(False)
         generator, self.layers = torch.Generator().manual_seed(seed), {}
-        linear = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-        for target in targets:
-            if not any(name.endswith("." + target) for name in linear):
-                known = sorted({".".join(name.split(".")[-2:]) for name in linear})
-                raise UserError(f"--lora-targets {target}: no linear layer ends with it; there are {', '.join(known)}")
-        for name, module in linear.items():
-            if name.endswith(tuple("." + target for target in targets)):
+        for name, module in list(transformer.named_modules()):
+            if isinstance(module, nn.Linear) and name.endswith(tuple("." + target for target in targets)):
                 parent, _, leaf = name.rpartition(".")
-                self.layers[name] = LoRALinear(module, rank, alpha / rank, generator)
+                self.layers[name] = LoRALinear(module, rank, generator)
                 setattr(transformer.get_submodule(parent), leaf, self.layers[name])
 
     def weights(self, policy):
@@ -318,15 +304,15 @@ class LoRA:
         """Move a policy towards the current one: theta^- <- decay theta^- + (1 - decay) theta."""
         torch._foreach_lerp_(self.weights(policy), self.weights("current"), 1 - decay)
 
-    def load(self, folder, policy="ema"):
-        """Read what `export` wrote into one policy, of whatever rank it is.  Raises UserError."""
+    def load(self, folder):
+        """Let all policies begin with what `export` wrote, of whatever rank it is.  Raises UserError."""
         with blame(f"--lora {folder} does not hold this model's LoRA"):
             tensors = load_file(Path(folder) / "pytorch_lora_weights.safetensors")
-            if len(tensors) != 2 * len(self.layers):
-                raise ValueError(f"it has {len(tensors) // 2} layers, and --lora-targets ask for {len(self.layers)}")
             for name, layer in self.layers.items():
-                down, up = (tensors[f"transformer.{name}.lora_{key}.weight"].float() for key in "AB")
-                layer.policies[policy] = [t.to(layer.base.weight.device) for t in (down, up / layer.scale)]
+                down, up = (tensors.pop(f"transformer.{name}.lora_{key}.weight") for key in "AB")
+                layer.start(down, up / layer.scale)
+            if tensors:
+                raise ValueError(f"it has other layers, too, as {next(iter(tensors))}")
 
     def export(self, folder, policy="ema", **about):
         """Write one policy as diffusers' LoRA file, for `pipe.load_lora_weights(folder)`, and `about` beside it."""
@@ -342,7 +328,7 @@ class LoRA:
 
 
 # ---- THE MODEL.  The loop knows four things of it, so that another class can stand in SD3's place (adapters/ has one):
-#   encode(prompts)    get ready for these prompts, forget all others: the text encoders need not stay on the device
+#   encode(prompts)    get ready for these prompts and forget all others: text encoders need not stay on the device
 #   velocity(x, sigma, prompts, policy, guidance_scale)   x [B, ...], one sigma or [B], B prompts -> float32 like x
 #   decode(x0)         latents [B, ...] -> list of B PIL images
 #   latent_shape       of one image, without B
@@ -379,8 +365,8 @@ def load_model(config):
 class SD3:
     """Stable Diffusion 3 and 3.5 through diffusers' pipeline."""
 
-    lora_targets = ("attn.to_q,attn.to_k,attn.to_v,attn.to_out.0,attn.add_q_proj,attn.add_k_proj,attn.add_v_proj,"
-                    "attn.to_add_out")
+    lora_targets = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",   # none on SD3.5's second attention, attn2
+                    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out")
 
     def __init__(self, pipe, config):
         """Take a StableDiffusion3Pipeline: the model goes to the device, the text encoders wait in main memory."""
@@ -390,8 +376,7 @@ class SD3:
         self.encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
         self.transformer.to(self.device)
         self.vae.to(self.device)   # in float32: the half types overflow in it or cost it visible precision
-        targets = [target.strip() for target in (config.lora_targets or self.lora_targets).split(",")]
-        self.lora = LoRA(self.transformer, config.lora_rank, 2 * config.lora_rank, targets, config.seed)
+        self.lora = LoRA(self.transformer, config.lora_rank, self.lora_targets, config.seed)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         shape, factor = self.transformer.config, 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -405,18 +390,15 @@ class SD3:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Encode the prompts that are not remembered yet and forget all others; what is too long is cut off.
+        """Encode the prompts, and "" for guidance, and forget all others; what is too long is cut off.
 
         The text encoders visit the device for this only, and the embeddings (T5: 1.7 MB) stay in main memory.
         """
-        self.texts = {p: self.texts.get(p) for p in prompts}
-        missing = [p for p, text in self.texts.items() if text is None]
-        if not missing:
-            return
+        prompts, self.texts = list(dict.fromkeys(["", *prompts])), {}
         for encoder in self.encoders:
             encoder.to(self.device)
-        for i in range(0, len(missing), 16):
-            batch = missing[i:i + 16]
+        for i in range(0, len(prompts), 16):
+            batch = prompts[i:i + 16]
             # Always of one size: how a row is rounded depends on it, and a resumed run is to see the same embeddings.
             tokens, _, pooled, _ = self.pipe.encode_prompt(
                 batch + [""] * (16 - len(batch)), None, None, do_classifier_free_guidance=False, device=self.device,
@@ -425,16 +407,10 @@ class SD3:
                 self.texts[prompt] = [part.clone() for part in text]   # a view would keep its whole batch
         for encoder in self.encoders:
             encoder.to("cpu")
-        tokenizer = self.pipe.tokenizer_3 or self.pipe.tokenizer   # the T5 reads furthest, both CLIPs equally far
-        most = self.max_sequence_length if self.pipe.tokenizer_3 else self.pipe.tokenizer_max_length
-        if long := sum(len(ids) > most for ids in tokenizer(missing).input_ids):
-            print(f"{long} of {len(missing)} prompts are longer than the text encoders read, and are cut off")
 
     def embeddings(self, prompts):
         """List of B strings -> (token embeddings [B, L, D], pooled embeddings [B, D]) on the device."""
         place = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-        if any(p not in self.texts for p in place):
-            self.encode([*self.texts, *place])
         index = torch.tensor([place[p] for p in prompts], device=self.device)
         return tuple(torch.stack(parts).to(self.device)[index] for parts in zip(*(self.texts[p] for p in place)))
 
@@ -478,13 +454,14 @@ def seeded(*numbers):
 @torch.no_grad()
 def rollout(model, prompts, noise, num_steps, policy, config):
     """Images for B prompts, perhaps none, from noise [B, C, H, W]: (latents x0 [B, C, H, W], list of B PIL images)."""
+    model.encode(prompts)
     # The sigmas are left on the CPU, so that the solver never waits for a GPU.
-    sigmas, latents, images = ode_sigmas(num_steps, config.shift or model.shift, config.solver), [], []
-    for i in tqdm(range(0, len(prompts), config.rollout_batch_size), desc="rollout", leave=False):
-        def velocity(x, sigma, batch=prompts[i:i + config.rollout_batch_size]):
+    sigmas, latents, images = ode_sigmas(num_steps, model.shift, config.solver), [], []
+    for i in tqdm(range(0, len(prompts), config.batch_size), desc="rollout", leave=False):
+        def velocity(x, sigma, batch=prompts[i:i + config.batch_size]):
             return model.velocity(x, sigma, batch, policy, config.guidance_scale)
 
-        start = noise[i:i + config.rollout_batch_size].to(model.device)
+        start = noise[i:i + config.batch_size].to(model.device)
         latents.append(sample_ode(velocity, start, sigmas, config.solver))
         if not latents[-1].isfinite().all():
             raise FloatingPointError(f"the {policy} model's images are not finite; try a lower --learning-rate")
@@ -505,7 +482,7 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
     R, G = advantages.shape
     x_t, target = add_noise(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))                       # [R, G, C, H, W]
     sums = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
-    rows_at_once = max(1, config.train_batch_size // G)   # whole groups, as S of Eq. 17 is the whole group's
+    rows_at_once = max(1, config.batch_size // G)   # whole groups, as S of Eq. 17 is the whole group's
     for i in tqdm(range(0, R, rows_at_once), desc="update", leave=False):
         rows = slice(i, i + rows_at_once)
         x, A, each_sigma = x_t[rows], advantages[rows], sigma[rows].repeat_interleave(G)           # …, [r, G], [r * G]
@@ -539,12 +516,7 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
 
 def optimizer_step(model, optimizer, done, config):
     """Take the `done + 1`-th step of a run, let the other policies follow, and return the gradient's norm."""
-    norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), config.max_grad_norm or math.inf).item()
-    if config.learning_rate_decay:
-        # A function of the step alone, not of --steps: a run can be made longer without having been another run.
-        step = done // config.updates_per_rollout
-        for parameters in optimizer.param_groups:
-            parameters["lr"] = config.learning_rate / (1 + step / config.learning_rate_decay) ** 0.5
+    norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), 1.0).item()
     if not math.isfinite(norm):   # it would spoil every weight and AdamW's moments for good
         raise FloatingPointError("the gradient is not finite; try a lower --learning-rate")
     optimizer.step()
@@ -564,7 +536,7 @@ def update(model, optimizer, x0, prompts, advantages, config, step, accumulate=a
     P, M, steps, mine = len(prompts), config.timesteps_per_rollout, config.updates_per_rollout, own(len(prompts))
     generator = seeded(config.seed, "update", step)
     # Drawn for all P groups, so that a group's draws do not depend on who owns it.
-    sigma = draw_timesteps(P, M, config.t_min, config.shift or model.shift, generator)[mine].to(model.device)
+    sigma = draw_timesteps(P, M, config.t_min, model.shift, generator)[mine].to(model.device)
     noise = torch.randn(P, M, 1, *x0.shape[2:], generator=generator)[mine].to(model.device)        # [P, M, 1, C, H, W]
     with_signal = int((advantages != 0).any(1).sum())
     prompts, advantages = prompts[mine], advantages[mine]
@@ -582,8 +554,7 @@ def update(model, optimizer, x0, prompts, advantages, config, step, accumulate=a
         for name, value in sums.items():
             totals[name] += value / (with_signal * M)
     shares = gather(lambda: totals)
-    return {**totals, **{name: sum(share[name] for share in shares) for name in ("loss", "kl", "clip_fraction")},
-            "learning_rate": optimizer.param_groups[0]["lr"]}
+    return {**totals, **{name: sum(share[name] for share in shares) for name in ("loss", "kl", "clip_fraction")}}
 
 
 # ---- TRAIN (Algorithm 1) -------------------------------------------------------------------------------------------
@@ -618,10 +589,9 @@ def train_step(model, optimizer, reward, rows, step, config, accumulate=accumula
 
 
 def train(config):
-    """Algorithm 1, or with --evaluate its evaluation alone.  Returns the signal that ended it early, or 0."""
+    """Algorithm 1, with evaluations, checkpoints and a log.  Returns the signal that ended it early, or 0."""
     model, rewards, rows, held_out = prepare(config)
-    optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate,
-                                  weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate, weight_decay=1e-4)
     lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
     step = lines[-1]["step"] if lines else 0
     if len(set(gather(lambda: step))) > 1:
@@ -629,23 +599,23 @@ def train(config):
     first, heard, stopped_by = processes()[0] == 0, hear_signals(), 0
     run = Run(config, about(model, rewards, rows, held_out), lines) if first else None
     before = after = evaluate(model, rewards, held_out, config, "base")
+    if config.lora and not lines:
+        after = evaluate(model, rewards, held_out, config, "ema")
     if first and not lines:
-        run.record(0, before, before, held_out, model.lora)
+        run.record(0, before, after, held_out, model.lora)
     try:
         with tqdm(total=config.steps, initial=step, desc="dgpo", bar_format=BAR) as bar:
             while True:
-                if config.lora or step and (step % config.eval_every == 0 or step == config.steps):
+                if step and (step % config.eval_every == 0 or step == config.steps):
                     after = evaluate(model, rewards, held_out, config, "ema")
-                    if first and (config.lora or "evaluation" not in run.lines[-1]):
+                    if first and "evaluation" not in run.lines[-1]:
                         run.record(step, before, after, held_out, model.lora)
                 if first and step and (step % config.save_every == 0 or step == config.steps or stopped_by):
                     run.save(model, optimizer, step)
                 if step >= config.steps or stopped_by:
                     break
-                drawn = rows_of_step(rows, step, config)
-                mine = [*held_out[own(len(held_out))], *drawn[own(len(drawn))]]
-                model.encode(["", *(row["prompt"] for row in mine)])
-                metrics = train_step(model, optimizer, rewards[config.reward], drawn, step, config)
+                metrics = train_step(model, optimizer, rewards[config.reward], rows_of_step(rows, step, config), step,
+                                     config)
                 step += 1
                 stopped_by = max(gather(lambda: max(heard, default=0)))   # all stop after the same step
                 if first:
@@ -670,9 +640,9 @@ def hear_signals():
     heard = []
 
     def receive(number, frame):
-        if heard:
-            os._exit(128 + number)
-        heard.append(number)   # a step takes minutes on a large model, so say that the signal was heard
+        heard.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        # A step takes minutes on a large model.
         print("\nstopping when this step is done; once more to stop at once, unsaved", file=sys.stderr)
 
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -737,7 +707,7 @@ def picture_rows(images, captions):
     """A row for each of N captions, in the middle of its K of the N * K images of one size: a PIL image."""
     from diffusers.utils import make_image_grid
     (width, height), K, tiles = images[0].size, len(images) // len(captions), []
-    side = max(96, min(width, 256))   # small pictures are shown larger, pixel by pixel, and large ones smaller
+    side = max(96, min(width, 512))   # small pictures are shown larger, pixel by pixel, and large ones smaller
     size, how = (side, round(height * side / width)), Image.Resampling.NEAREST if width < side else None
     for i, caption in enumerate(captions):
         words = Image.new("RGB", size, "white")
@@ -799,12 +769,12 @@ def join_processes():
 # ---- FILES: prompts, checkpoints, the run's folder -----------------------------------------------------------------
 
 
-def load_prompts(path, check=lambda row: None):
+def load_prompts(path, *checks):
     """The rows of a file as dicts with the key "prompt", in order and as often as they stand there; no blank lines.
 
     A .jsonl file has one such dict a line, whose other fields are metadata for the reward, as GenEval's files do; any
-    other file has one prompt a line.  check: raises UserError for a row that is refused.  Raises UserError with the
-    number of the first line that is refused and how many are.
+    other file has one prompt a line.  checks: of rewards.  Raises UserError with the number of the first line that is
+    refused and how many are.
     """
     with blame(f"the prompt file {path} cannot be read"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -815,7 +785,8 @@ def load_prompts(path, check=lambda row: None):
             if not (isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip()):
                 raise ValueError('not an object with a text as its "prompt"')
             row["prompt"].encode()   # JSON can hold half a surrogate pair, text cannot
-            check(row)
+            for check in checks:
+                check(row["prompt"], row)
             rows.append(row)
         except (UserError, ValueError, RecursionError) as error:
             faults.append(f"line {number}: {error}")
@@ -882,12 +853,8 @@ class Run:
             raise UserError(f"the model, the prompts or the reward's file are not those that {self.folder} began with")
         if not config.resume and (any((self.folder / "checkpoints").iterdir()) or list(self.folder.glob("*.png"))):
             raise UserError(f"{self.folder} holds another run; --resume {self.folder} goes on with it")
-        if config.log_with == "wandb":   # it copies all that is written for TensorBoard
-            importlib.import_module("wandb").init(project="dgpo", name=self.folder.name, dir=self.folder,
-                                                  sync_tensorboard=True)
-        if config.log_with:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.folder)
+        if config.tensorboard:
+            self.board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.folder)
         write_atomically(self.folder / "config.json", json.dumps({**vars(config), **about}, indent=2).encode())
         # A killed run has logged more than it has saved.
         write_atomically(self.folder / "metrics.jsonl", *(json.dumps(line).encode() + b"\n" for line in lines))
@@ -921,9 +888,6 @@ class Run:
         picture.save(self.folder / f"samples/{step:06d}.png")
         if self.board:
             self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
-        (self.folder / f"samples/{step:06d}").mkdir(exist_ok=True)
-        for i, image in enumerate(images[:len(captions) * K]):   # and full size
-            image.save(self.folder / f"samples/{step:06d}/{i // K:02d}-{i % K}.png")
 
     def save(self, model, optimizer, step):
         """Write a checkpoint and the exported LoRA; then only the newest two checkpoints stay."""
@@ -980,9 +944,9 @@ def parse_arguments(arguments=None):
         raise UserError("--prompt-file is missing")
     path = config.prompt_file = os.path.abspath(config.prompt_file)
     beside = [f"{os.path.splitext(path)[0]}_heldout.txt", os.path.join(os.path.dirname(path), "heldout.txt")]
-    held_out = config.eval_prompt_file or next(filter(os.path.exists, [path] if config.evaluate else beside), "")
+    held_out = config.eval_prompt_file or next(filter(os.path.exists, beside), "")
     config.eval_prompt_file = held_out and os.path.abspath(held_out)
-    config.steps, config.model = 0 if config.evaluate else config.steps, config.model or str(EMBEDDED_MODEL)
+    config.model = config.model or str(EMBEDDED_MODEL)
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.output_dir = given.resume or config.output_dir or time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
     return gather(lambda: config)[0]
@@ -993,21 +957,15 @@ def prepare(config):
     config.check()
     with blame(f"--device {config.device} cannot be used"):
         torch.empty(0, device=config.device)
-    with blame(f"--log-with {config.log_with} does not work (is it installed?)"):
-        importlib.import_module(config.log_with or "json")
+    with blame("--tensorboard does not work (is it installed?)"):
+        importlib.import_module("torch.utils.tensorboard" if config.tensorboard else "json")
     load_prompts(config.prompt_file)   # before anything large is loaded
     if not config.eval_prompt_file:
         raise UserError("--eval-prompt-file is missing, and there is no heldout.txt beside the prompt file")
-    watched = config.eval_reward.split(",") if config.eval_reward else []
-    names = [*config.reward.split(","), *watched] if config.evaluate else [config.reward, *watched]
-    rewards = {name: load_reward(name, config.device) for name in names}   # the first is trained on
-
-    def check(row, names=names):
-        for name in names:
-            rewards[name].check(row["prompt"], row)
-
-    rows = load_prompts(config.prompt_file, lambda row: check(row, names[:1]))
-    held_out = load_prompts(config.eval_prompt_file, check)
+    judges = config.eval_reward.split(",") if config.eval_reward else []
+    rewards = {name: load_reward(name, config.device) for name in [config.reward, *judges]}
+    rows = load_prompts(config.prompt_file, rewards[config.reward].check)
+    held_out = load_prompts(config.eval_prompt_file, *(reward.check for reward in rewards.values()))
     held_out = list({row["prompt"]: row for row in held_out}.values())
     # Drawn once and for all: published files are sorted by category.
     order = torch.randperm(len(held_out), generator=seeded("held out")).tolist()
@@ -1056,8 +1014,8 @@ def main(arguments=None):
             raise
         code, message = 1, f"{type(error).__name__}: {str(error).strip()} (DGPO_TRACEBACK=1 shows where)"
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-            message = ("out of memory: lower --rollout-batch-size, --train-batch-size, --group-size, --resolution or "
-                       "--lora-rank, or give --gradient-checkpointing")
+            message = ("out of memory: lower --batch-size, --group-size, --resolution or --lora-rank, or give "
+                       "--gradient-checkpointing")
         if folder and folder.is_dir():
             message += f"; what is saved is whole, --resume {folder} goes on; traceback.txt there says where it failed"
             with contextlib.suppress(OSError):

@@ -16,8 +16,9 @@ class AnyPipeline:
     """Four methods of the pipeline and its scheduler become ours, for good: encode_prompt gives a remembered text,
     prepare_latents our x, set_timesteps our noise level, and step keeps what it is given: the velocity, guided.
     """
-    lora_targets = ("to_q,to_k,to_v,to_out.0,add_q_proj,add_k_proj,add_v_proj,to_add_out,to_qkv_mlp_proj,attn.to_out,"
-                    "to_query,to_key,to_value,out_layer,img_qkv_proj,txt_kv_proj")   # attention in all the families
+    lora_targets = (   # attention in all the families
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
+        "attn.to_out", "to_query", "to_key", "to_value", "out_layer", "img_qkv_proj", "txt_kv_proj")
 
     def __init__(self, pipe, config):
         """Take a pipeline: the model goes to the device and is tried once.  Raises UserError where it does not fit."""
@@ -28,10 +29,7 @@ class AnyPipeline:
             parts = torch.nn.ModuleList(modules).requires_grad_(False).eval()
             self.transformer, self.vae = pipe.transformer.to(self.device), pipe.vae.to(self.device, torch.float32)
             self.encoders = torch.nn.ModuleList(part for part in parts if part not in (self.transformer, self.vae))
-            linear = ["." + n for n, part in self.transformer.named_modules() if isinstance(part, torch.nn.Linear)]
-            known = [t for t in self.lora_targets.split(",") if any(name.endswith("." + t) for name in linear)]
-            targets = [t.strip() for t in config.lora_targets.split(",") if t] or known or [self.lora_targets]
-            self.lora = LoRA(self.transformer, config.lora_rank, 2 * config.lora_rank, targets, config.seed)
+            self.lora = LoRA(self.transformer, config.lora_rank, self.lora_targets, config.seed)
             if config.gradient_checkpointing:
                 self.transformer.enable_gradient_checkpointing()
             # Guidance is an input of some models; for the others, 1 or 0 switches it off.

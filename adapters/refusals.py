@@ -17,6 +17,7 @@ def try_out(model):
     refuse([("FlowMatch" in type(scheduler).__name__ or scheduler.config.get("prediction_type") == "flow_prediction",
              f"its scheduler, a {type(scheduler).__name__}, is not one of flow matching"),
             ("use_kv_cache" not in takes, "it keeps keys and values from one step to the next"),
+            (model.lora.layers, f"none of its linear layers is one of lora_targets: {', '.join(model.lora_targets)}"),
             (guidance_scale <= 1 or takes & {"guidance_scale", "true_cfg_scale"}, "it takes no --guidance-scale")])
     model.encode([""])
     std, x = model.noise.float().std().item(), torch.randn(2, *model.noise.shape[1:], device=model.device)

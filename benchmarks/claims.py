@@ -156,9 +156,8 @@ class Run:
         self.spec, self.rows, self.held_out, self.rewards = spec, rows, held_out, rewards
         self.train_step, self.config = parse_method(spec, seed, common)
         self.model, self.images = load_model(self.config), []
-        self.model.encode(["", *(row["prompt"] for row in [*rows, *held_out])])
         self.optimizer = torch.optim.AdamW(self.model.lora.weights("current"), lr=self.config.learning_rate,
-                                           weight_decay=self.config.weight_decay)
+                                           weight_decay=1e-4)
         self.step, self.seconds, self.evaluations, self.counting, self.metrics = 0, 0.0, 0, False, []
         self.model.transformer.register_forward_pre_hook(self.count, with_kwargs=True)
 

@@ -70,7 +70,8 @@ def sde_rollout(model, prompts, noise, steps, policy, config, generator):
 
     Returns (states, list of T+1 [B, C, H, W]; log_probs, dict step -> [B]; list of B PIL images).
     """
-    sigmas = ode_sigmas(config.num_inference_steps, config.shift or model.shift).tolist()
+    model.encode(prompts)
+    sigmas = ode_sigmas(config.num_inference_steps, model.shift).tolist()
     states, log_probs = [noise.to(model.device)], {}
     for i, (sigma, next_sigma) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         x = states[-1]
@@ -119,7 +120,7 @@ def grpo_update(model, optimizer, states, log_probs, prompts, advantages, config
 
     Each takes its share of the samples, drawn at random, over all random steps of their trajectories.
     """
-    sigmas = ode_sigmas(config.num_inference_steps, config.shift or model.shift).tolist()
+    sigmas = ode_sigmas(config.num_inference_steps, model.shift).tolist()
     useful = advantages.nonzero()[:, 0].cpu()   # a sample without signal costs nothing, as in dgpo.py
     shuffled = useful[torch.randperm(len(useful), generator=seeded(config.seed, "update", step))]
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm"), 0.0)

@@ -2,8 +2,8 @@ r"""How fast a training step is, and how much of it is not the transformer's own
 
     python benchmarks/throughput.py                       # Stable Diffusion 3.5 Medium, 512x512, on the device there is
     python benchmarks/throughput.py --preset tiny         # a few seconds on a CPU
-    python benchmarks/throughput.py --preset embedded --groups-per-step 8 --group-size 12 --rollout-batch-size 256 \
-        --train-batch-size 96 --repeats 15                # the default job's step, random weights
+    python benchmarks/throughput.py --preset embedded --groups-per-step 8 --group-size 12 --batch-size 96 \
+        --repeats 15                                      # the default job's step, random weights
     python benchmarks/throughput.py --count-memory        # what a step keeps on the device, counted on any machine
     python benchmarks/throughput.py --count-memory --transformer FluxTransformer2DModel   # weights, LoRA of any model
 
@@ -73,6 +73,7 @@ def random_model(preset, config, prompts):
     width, pooled = (preset["transformer"][f"{name}_dim"] for name in ("joint_attention", "pooled_projection"))
     model.texts = {p: [torch.randn(shape, dtype=model.dtype) for shape in ((preset["tokens"], width), (pooled,))]
                         for p in ["", *prompts]}
+    model.encode = lambda prompts: None   # there is nothing to encode with
     return model
 
 
@@ -89,8 +90,8 @@ def seconds(function, device):
 
 def bare_rollout(model, prompts, config):
     """The transformer calls of a rollout and nothing else: [B] images in batches, one forward a step."""
-    for i in range(0, len(prompts), config.rollout_batch_size):
-        batch = prompts[i:i + config.rollout_batch_size]
+    for i in range(0, len(prompts), config.batch_size):
+        batch = prompts[i:i + config.batch_size]
         x = torch.randn(len(batch), *model.latent_shape, device=model.device)
         for _ in range(config.num_inference_steps):
             with torch.no_grad():
@@ -99,8 +100,8 @@ def bare_rollout(model, prompts, config):
 
 def bare_update(model, prompts, config):
     """The transformer calls of an update: reference, old policy, and the current one forward and backward."""
-    for i in range(0, len(prompts), config.train_batch_size):
-        batch = prompts[i:i + config.train_batch_size]
+    for i in range(0, len(prompts), config.batch_size):
+        batch = prompts[i:i + config.batch_size]
         x = torch.randn(len(batch), *model.latent_shape, device=model.device)
         with torch.no_grad():
             for policy in ("base", "old"):
@@ -182,10 +183,8 @@ def count_transformer(name, path):
     kind = getattr(diffusers, name)
     with torch.device("meta"):
         transformer = kind.from_config(kind.load_config(path) if path else {})
-    linear = [key for key, part in transformer.named_modules() if isinstance(part, torch.nn.Linear)]
-    targets = [t for t in AnyPipeline.lora_targets.split(",") if any(key.endswith("." + t) for key in linear)]
     parameters = sum(p.numel() for p in transformer.parameters())
-    lora = LoRA(transformer, 64, 128, targets).weights("current")
+    lora = LoRA(transformer, 64, AnyPipeline.lora_targets).weights("current")
     return {"parameters, billions": parameters / 1e9, "transformer, GB": 2 * parameters / 1e9,
             "LoRA, policies and optimizer, GB": 6 * 4 * sum(t.numel() for t in lora) / 1e9}
 
@@ -204,8 +203,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--groups-per-step", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=24)
-    parser.add_argument("--rollout-batch-size", type=int, default=24)
-    parser.add_argument("--train-batch-size", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=24)
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--count-memory", action="store_true")
@@ -228,7 +226,7 @@ def main():
     step, bare = row["rollout"] + row["update"], row["bare_rollout"] + row["bare_update"]
     print_table({
         "checkpointing": config.gradient_checkpointing,
-        "batch of rollout, update": f"{config.rollout_batch_size}, {config.train_batch_size}",
+        "batch": config.batch_size,
         "rollout, images/s": f"{images / row['rollout']:.2f}", "update, samples/s": f"{samples / row['update']:.2f}",
         "rollout / bare": f"{row['rollout'] / row['bare_rollout']:.3f}",
         "update / bare": f"{row['update'] / row['bare_update']:.3f}", "step / bare": f"{step / bare:.3f}",
