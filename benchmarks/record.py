@@ -1,10 +1,10 @@
 r"""The speed record: how much training the default job needs to a held-out strict accuracy at which it stays.
 
-    python benchmarks/record.py                                          # three seeds on two cores; adds to the results
+    python benchmarks/record.py                                          # three seeds; adds to the results
     python benchmarks/record.py --method dgpo:group_size=24              # a change to try, as in claims.py
     python benchmarks/record.py --seeds 0                                # only print what was measured before
 
-Time is that of the process, all its threads together, and stands still during evaluations.  It is also given in bare
+Time is that of one CPU core, as in claims.py, and stands still during evaluations.  It is also given in bare
 forwards: divided by the time of 1,000 passes of the transformer alone over 96 images, measured in the same process
 before and after, which is what compares between machines.  A level is reached at the first evaluation at which the EMA
 weights have it and still have it at the next.  Results: record.jsonl, a line a run; what is there is not repeated.
@@ -57,7 +57,7 @@ def measure(spec, seed, steps, every, limit=None):
             print(f"{spec}  seed {seed}  step {run.step}  {run.seconds:.0f} s  {lines[-1]['score']:.3f}", flush=True)
     bare.append(bare_forwards(run.model, texts))
     return {"method": spec, "seed": seed, "date": time.strftime("%Y-%m-%d"),
-            "threads": torch.get_num_threads(), "bare": round(mean(bare), 1),
+            "bare": round(mean(bare), 1),
             "curve": [(line["seconds"], line["score"]) for line in lines],
             **{name: lines[-1][name] for name in ("step", "distance", "diversity", "categories")}}
 
@@ -103,5 +103,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     main()
