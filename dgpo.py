@@ -995,7 +995,7 @@ def about(model, rewards, rows, held_out):
 
 def main(arguments=None):
     """The command line.  Exit codes: 0 done, 1 something failed, 2 a setting or a reward to mend, 128 + signal."""
-    folder = None
+    folder = Path()
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
@@ -1010,16 +1010,14 @@ def main(arguments=None):
     except KeyboardInterrupt:
         code, message = 130, "interrupted before the first step: nothing was trained"
     except Exception as error:   # what nobody foresaw, too, ends in a sentence
-        if os.environ.get("DGPO_TRACEBACK"):
-            raise
-        code, message = 1, f"{type(error).__name__}: {str(error).strip()} (DGPO_TRACEBACK=1 shows where)"
+        code, message = 1, f"{type(error).__name__}: {str(error).strip()}"
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             message = ("out of memory: lower --batch-size, --group-size, --resolution or --lora-rank, or give "
                        "--gradient-checkpointing")
-        if folder and folder.is_dir():
-            message += f"; what is saved is whole, --resume {folder} goes on; traceback.txt there says where it failed"
-            with contextlib.suppress(OSError):
-                (folder / "traceback.txt").write_text(traceback.format_exc())
+        message += f"; what is saved is whole, --resume {folder} goes on; traceback.txt there says where it failed"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "traceback.txt").write_text(traceback.format_exc())
     print("dgpo.py: error:", " ".join(message.split()), file=sys.stderr)
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):   # torchrun's last words are what this file says
         said = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
