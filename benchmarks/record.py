@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from benchmarks.claims import Run, markdown, mean, task_prompts  # noqa: E402
+from benchmarks.claims import Run, markdown, mean, read_lines, task_prompts  # noqa: E402
 from rewards import load_reward  # noqa: E402
 
 LEVELS = (0.85, 0.9, 0.95)
@@ -92,7 +92,7 @@ def main(arguments=None):
     parser.add_argument("--eval-prompts", type=int, help="only the first N held-out prompts")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/record.jsonl")
     args = parser.parse_args(arguments)
-    runs = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+    runs = read_lines(args.results)
     for seed in range(args.seeds):
         if any((run["method"], run["seed"]) == (args.method, seed) for run in runs):
             continue
