@@ -94,7 +94,7 @@ class Config:
     lora: str = setting("", "a run's lora/ folder to begin with; with --steps 0, it is only compared with the model")
     output_dir: str = setting("", "where everything is written (default: a new folder in runs/)", free=True)
     resume: str = setting("", "a run's folder: go on with it, with its own settings", free=True)
-    steps: int = setting(150, "training steps (one rollout of all groups each); 0: only evaluate", low=0, free=True)
+    steps: int = setting(100, "training steps (one rollout of all groups each); 0: only evaluate", low=0, free=True)
     seed: int = setting(0, "seed of LoRA, prompt order and noises", low=0)
     device: str = setting("", "cpu, cuda, ... (default: cuda if there is one)", free=True)
     dtype: str = setting("float32", "dtype of the frozen model", choices=("float32", "bfloat16"))

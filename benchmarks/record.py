@@ -54,12 +54,13 @@ def measure(spec, seed, steps, every, limit=None):
         run.advance()
         if run.step % every == 0:
             lines.append(run.evaluate())
-            print(f"{spec}  seed {seed}  step {run.step}  {run.seconds:.0f} s  {lines[-1]['score']:.3f}", flush=True)
+            print(f"{spec}  seed {seed}  step {run.step}  {run.seconds:.0f} s  {lines[-1]['score']:.3f}  distance "
+                  f"{lines[-1]['distance']:.3f}  diversity {lines[-1]['diversity']:.2f}", flush=True)
     bare.append(bare_forwards(run.model, texts))
     return {"method": spec, "seed": seed, "date": time.strftime("%Y-%m-%d"),
             "bare": round(mean(bare), 1),
-            "curve": [(line["seconds"], line["score"]) for line in lines],
-            **{name: lines[-1][name] for name in ("step", "distance", "diversity", "categories")}}
+            "curve": [[line[name] for name in ("seconds", "score", "distance", "diversity")] for line in lines],
+            "step": run.step, "categories": lines[-1]["categories"]}
 
 
 def table(runs):
@@ -76,7 +77,7 @@ def table(runs):
         scores = [run["curve"][-1][1] for run in mine]
         rows.append([mine[-1]["date"], f"`{method}`", len(mine), *cells,
                      f"{mean(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})", mine[0]["step"],
-                     f"{mean(-run['distance'] for run in mine):.2f}", f"{mean(run['diversity'] for run in mine):.2f}"])
+                     *(f"{mean(run['curve'][-1][i] * sign for run in mine):.2f}" for i, sign in ((2, -1), (3, 1)))])
     return markdown(["date", "method", "seeds", *(f"to {level}" for level in LEVELS), "at the end", "steps", "realism",
                      "diversity"], rows)
 
@@ -87,7 +88,7 @@ def main(arguments=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--method", default="dgpo", help="name:setting=value:..., as in claims.py")
     parser.add_argument("--seeds", type=int, default=3, help="how many; 0: only print")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=125)
     parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
     parser.add_argument("--eval-prompts", type=int, help="only the first N held-out prompts")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/record.jsonl")

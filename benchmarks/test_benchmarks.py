@@ -344,10 +344,12 @@ def test_every_ablation_differs_from_the_default_in_a_known_setting(spec):
     assert config.groups_per_step * config.group_size == 96
 
 
-def test_the_words_task_is_trained_as_by_the_readmes_command():
-    command = re.search(r"python dgpo.py (.*--reward words.*)", (claims.ROOT / "README.md").read_text())[1]
-    readme, (_, ours) = parse_arguments(shlex.split(command, comments=True)), claims.parse_method(
-        claims.SPELLING_GUIDED, 0, {})
+@pytest.mark.parametrize("task, pattern", [("composition", r"(.*prompts.txt)\n"), ("words", "(.*--reward words.*)"),
+                                           ("taste", "(.*--reward pickscore=shapes/taste.*)")])
+def test_a_task_is_trained_as_by_the_readmes_command(task, pattern):
+    command = re.search("python dgpo.py " + pattern, (claims.ROOT / "README.md").read_text())[1]
+    method = next(method for method in claims.TASKS[task][3] if method.startswith("dgpo"))
+    readme, (_, ours) = parse_arguments(shlex.split(command, comments=True)), claims.parse_method(method, 0, {})
     for name in ("t_min", "num_inference_steps", "reference_guidance_scale", "kl_weight", "learning_rate", "beta",
                  "clip_range", "group_size", "groups_per_step", "timesteps_per_rollout", "updates_per_rollout"):
         assert getattr(ours, name) == getattr(readme, name), name

@@ -55,14 +55,19 @@ SPELLER = 0.15
 # ------------------------------------------------------------------------------------------------
 
 
-def write_prompts(folder, train_size=100, heldout_size=24):
+# How many prompts a category gets to train on: more where the base fails more, as GenEval's training file has it.
+TRAIN_SIZES = {"single_object": 18, "two_object": 186, "counting": 150, "colors": 50, "position": 200,
+               "color_attr": 300}
+
+
+def write_prompts(folder, heldout_size=24):
     """Split the grammar, seeded, into disjoint prompts.txt and heldout.txt; every category is in both."""
     rng = random.Random(0)
     train, heldout = [], []
-    for sentences in grammar().values():
+    for category, sentences in grammar().items():
         sentences = rng.sample(sentences, len(sentences))
         heldout.append(sentences[:heldout_size])
-        train.append(sentences[heldout_size:heldout_size + train_size])
+        train.append(sentences[heldout_size:heldout_size + TRAIN_SIZES[category]])
     for name, lists in (("prompts.txt", train), ("heldout.txt", heldout)):
         # Held-out prompts go round the categories, so that any prefix of the file is a balanced sample.
         lines = zip(*lists) if name == "heldout.txt" else lists
