@@ -70,7 +70,7 @@ BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"   # fits 80 
 PAPER = dict(
     dtype="bfloat16", reward="pickscore", eval_reward="", steps=1000, groups_per_step=24, group_size=24,
     num_inference_steps=10, guidance_scale=4.5, resolution=512, max_sequence_length=128, rollout_old_after=200,
-    t_min=0.4, updates_per_rollout=1, beta=100.0, clip_range=1e-2, kl_weight=2e-2, old_decay=0.3, old_decay_ramp=1e-3,
+    t_min=0.4, updates_per_rollout=1, beta=100.0, old_decay=0.3, old_decay_ramp=1e-3,
     learning_rate=3e-4, lora_rank=64, ema_decay=0.987, batch_size=24, gradient_checkpointing=True, eval_prompts=100,
     eval_num_inference_steps=14)
 
@@ -94,7 +94,7 @@ class Config:
     lora: str = setting("", "a run's lora/ folder to begin with; with --steps 0, it is only compared with the model")
     output_dir: str = setting("", "where everything is written (default: a new folder in runs/)", free=True)
     resume: str = setting("", "a run's folder: go on with it, with its own settings", free=True)
-    steps: int = setting(100, "training steps (one rollout of all groups each); 0: only evaluate", low=0, free=True)
+    steps: int = setting(125, "training steps (one rollout of all groups each); 0: only evaluate", low=0, free=True)
     seed: int = setting(0, "seed of LoRA, prompt order and noises", low=0)
     device: str = setting("", "cpu, cuda, ... (default: cuda if there is one)", free=True)
     dtype: str = setting("float32", "dtype of the frozen model", choices=("float32", "bfloat16"))
@@ -114,7 +114,7 @@ class Config:
     updates_per_rollout: int = setting(4, "optimizer steps the M timesteps are split over (paper: 1)")
     advantage_std: str = setting("group", "standardise advantages within group or batch", choices=("group", "batch"))
     clip_range: float = setting(0.01, "PPO-style clip of exp(old error - error), 0: none (paper: 1e-2)", low=0)
-    kl_weight: float = setting(0.01, "weight of mean (v - v_frozen)^2 (paper: 2e-2)", low=0)
+    kl_weight: float = setting(0.02, "weight of mean (v - v_frozen)^2 (paper: 2e-2)", low=0)
     reference: str = setting("frozen", "model whose error S compares with (paper: frozen)", choices=("frozen", "old"))
     reference_guidance_scale: float = setting(1.0, "guidance of the frozen model's velocity in S and the KL term; an "
                                                    "old policy's is never guided (paper: 1)", low=0)
