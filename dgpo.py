@@ -70,9 +70,8 @@ BAR = "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"   # fits 80 
 PAPER = dict(
     dtype="bfloat16", reward="pickscore", eval_reward="", steps=1000, groups_per_step=24, group_size=24,
     num_inference_steps=10, guidance_scale=4.5, resolution=512, max_sequence_length=128, rollout_old_after=200,
-    t_min=0.4, updates_per_rollout=1, beta=100.0, old_decay=0.3, old_decay_ramp=1e-3,
-    learning_rate=3e-4, lora_rank=64, ema_decay=0.987, batch_size=24, gradient_checkpointing=True, eval_prompts=100,
-    eval_num_inference_steps=14)
+    t_min=0.4, updates_per_rollout=1, beta=100.0, old_decay=0.3, old_decay_ramp=1e-3, learning_rate=3e-4, lora_rank=64,
+    ema_decay=0.987, batch_size=24, gradient_checkpointing=True, eval_prompts=100, eval_num_inference_steps=14)
 
 
 def setting(default, help, low=1, high=10 ** 9, choices=None, free=False):
