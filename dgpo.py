@@ -21,7 +21,8 @@ Departures from the paper and from its authors' published code:
     anew; theirs are M of the first points of the rollout's own grid, as integers, the same for all groups of a step.
  2. `--updates-per-rollout` may split the M timesteps over several optimizer steps (the authors take one).
  3. Groups without signal (all rewards equal) are not trained on at all, so the KL term leaves them out too.
- 4. The last evaluation has as many solver steps as the others; theirs has 40 instead of 14.
+ 4. The last evaluation has as many solver steps as the others; theirs has 40 instead of 14
+    (`--lora RUN/lora --steps 0 --eval-num-inference-steps 40` makes one).
 """
 
 import argparse
