@@ -370,7 +370,7 @@ class SD3:
 
     def __init__(self, pipe, config):
         """Take a StableDiffusion3Pipeline: the model goes to the device, the text encoders wait in main memory."""
-        self.pipe, self.vae, self.transformer, self.texts = pipe, pipe.vae, pipe.transformer, {}
+        self.pipe, self.vae, self.transformer = pipe, pipe.vae, pipe.transformer
         self.device, self.dtype = torch.device(config.device), getattr(torch, config.dtype)
         self.max_sequence_length = config.max_sequence_length or 256   # the pipeline's own
         self.encoders = [e for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3) if e is not None]
@@ -394,25 +394,24 @@ class SD3:
 
         The text encoders visit the device for this only, and the embeddings (T5: 1.7 MB) stay in main memory.
         """
-        prompts, self.texts = list(dict.fromkeys(["", *prompts])), {}
+        prompts, parts = list(dict.fromkeys(["", *prompts])), []
+        # In batches of one size: how a row is rounded depends on it, and a resumed run is to see the same embeddings.
+        prompts += [""] * (-len(prompts) % 16)
         for encoder in self.encoders:
             encoder.to(self.device)
         for i in range(0, len(prompts), 16):
-            batch = prompts[i:i + 16]
-            # Always of one size: how a row is rounded depends on it, and a resumed run is to see the same embeddings.
             tokens, _, pooled, _ = self.pipe.encode_prompt(
-                batch + [""] * (16 - len(batch)), None, None, do_classifier_free_guidance=False, device=self.device,
+                prompts[i:i + 16], None, None, do_classifier_free_guidance=False, device=self.device,
                 max_sequence_length=self.max_sequence_length)
-            for prompt, *text in zip(batch, tokens.cpu(), pooled.cpu()):
-                self.texts[prompt] = [part.clone() for part in text]   # a view would keep its whole batch
+            parts.append((tokens.cpu(), pooled.cpu()))
         for encoder in self.encoders:
             encoder.to("cpu")
+        self.rows, self.texts = {p: i for i, p in enumerate(prompts)}, [torch.cat(part) for part in zip(*parts)]
 
     def embeddings(self, prompts):
         """List of B strings -> (token embeddings [B, L, D], pooled embeddings [B, D]) on the device."""
-        place = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-        index = torch.tensor([place[p] for p in prompts], device=self.device)
-        return tuple(torch.stack(parts).to(self.device)[index] for parts in zip(*(self.texts[p] for p in place)))
+        rows, index = torch.tensor([self.rows[p] for p in prompts]).unique(return_inverse=True)
+        return tuple(part[rows].to(self.device)[index.to(self.device)] for part in self.texts)
 
     def velocity(self, x, sigma, prompts, policy, guidance_scale=1.0):
         """The policy's velocity at x [B, C, H, W] for B prompts, float32 [B, C, H, W]; sigma: a number, 0-d, or [B].

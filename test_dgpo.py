@@ -232,7 +232,8 @@ def test_the_default_solver_is_nearer_to_the_fine_ode_than_euler():
 def test_a_rollout_never_waits_for_the_device(solver):
     # A tensor on the meta device has a shape and no values: looking at one, which is what makes a GPU wait, raises.
     model = load_model(Config(model=str(MODEL), device="meta"))
-    model.texts = {p: [torch.zeros(11, 128), torch.zeros(128)] for p in ["", *PROMPTS]}
+    model.rows = {p: i for i, p in enumerate(["", *PROMPTS])}
+    model.texts = torch.zeros(5, 11, 128), torch.zeros(5, 128)
     noise = torch.empty(4, *model.latent_shape, device="meta")
     x0 = sample_ode(lambda x, sigma: model.velocity(x, sigma, PROMPTS, "current", 3.0), noise, ode_sigmas(5, 3.0),
                     solver)
@@ -515,7 +516,7 @@ def test_no_more_prompts_are_kept_encoded_than_one_rollouts(tmp_path, monkeypatc
     assert [set(prompts) for prompts in asked] == [{row["prompt"] for row in each} for each in rollouts]
     model, _ = sd3()
     model.encode(PROMPTS[:1])
-    assert set(model.texts) == {"", PROMPTS[0]}   # the empty one is for guidance
+    assert set(model.rows) == {"", PROMPTS[0]}   # the empty one is for guidance
 
 
 def test_embeddings_are_the_pipelines_cut_off_as_they_are_there():

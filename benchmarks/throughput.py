@@ -71,8 +71,9 @@ def random_model(preset, config, prompts):
         tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
     model = SD3(pipe, config)
     width, pooled = (preset["transformer"][f"{name}_dim"] for name in ("joint_attention", "pooled_projection"))
-    model.texts = {p: [torch.randn(shape, dtype=model.dtype) for shape in ((preset["tokens"], width), (pooled,))]
-                        for p in ["", *prompts]}
+    model.rows = {p: i for i, p in enumerate(["", *prompts])}
+    model.texts = [torch.randn(len(model.rows), *shape, dtype=model.dtype) for shape in (
+        (preset["tokens"], width), (pooled,))]
     model.encode = lambda prompts: None   # there is nothing to encode with
     return model
 
