@@ -1347,7 +1347,7 @@ def test_a_run_writes_every_promised_file(tmp_path):
         assert (tmp_path / "run" / name).stat().st_mode & 0o777 == 0o666 & ~UMASK
         if name.endswith(".png"):
             Image.open(tmp_path / "run" / name).load()
-    assert config["group_size"] == 4 and config["versions"]["torch"] == torch.__version__ and config["date"]
+    assert config["group_size"] == 4 and torch.__version__.startswith(config["versions"]["torch"]) and config["date"]
     assert [(line["step"], "evaluation" in line) for line in lines] == [
         (0, True), (1, False), (1, True), (2, False), (2, True)]
     assert json.loads((tmp_path / "run/lora/about.json").read_text()) == {"policy": "ema", "step": 2}
