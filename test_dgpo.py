@@ -1940,7 +1940,8 @@ def test_every_command_of_the_readme_runs(sd35, judges, tmp_path, monkeypatch):
                 at = arguments.index(name) + 1
                 arguments[at] = ",".join(f"{r}={judges[r]}" if r in judges else r for r in arguments[at].split(","))
         short = [] if "--resume" in arguments else [*TINY[2:], "--output-dir", tmp_path / f"run{i}", *small]
-        assert main([*arguments, *map(str, short), *(() if arguments[-1] == "0" else ("--steps", "1"))]) == 0
+        steps = [] if arguments[-2:] == ["--steps", "0"] else ["--steps", "1"]
+        assert main([*arguments, *map(str, short), *steps]) == 0
 
 
 def test_the_readmes_loss_for_copying_runs():
