@@ -513,6 +513,11 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
     return {name: float(value) for name, value in sums.items()}   # read once: every reading waits for the GPU
 
 
+def adamw(model, config):
+    """The optimizer of the policy that is trained, with the authors' weight decay."""
+    return torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate, weight_decay=1e-4)
+
+
 def optimizer_step(model, optimizer, done, config):
     """Take the `done + 1`-th step of a run, let the other policies follow, and return the gradient's norm."""
     norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), 1.0).item()
@@ -590,7 +595,7 @@ def train_step(model, optimizer, reward, rows, step, config, accumulate=accumula
 def train(config):
     """Algorithm 1, with evaluations, checkpoints and a log.  Returns the signal that ended it early, or 0."""
     model, rewards, rows, held_out = prepare(config)
-    optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate, weight_decay=1e-4)
+    optimizer = adamw(model, config)
     lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
     step = lines[-1]["step"] if lines else 0
     if len(set(gather(lambda: step))) > 1:
@@ -636,15 +641,16 @@ def train(config):
 
 def hear_signals():
     """A list in which the first SIGINT, SIGTERM or SIGHUP lands from now on; a second one ends the process at once."""
-    heard = []
+    heard, kinds = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def receive(number, frame):
         heard.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
         # A step takes minutes on a large model.
         print("\nstopping when this step is done; once more to stop at once, unsaved", file=sys.stderr)
 
-    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for kind in kinds:
         signal.signal(kind, receive)
     return heard
 
@@ -956,8 +962,9 @@ def prepare(config):
     config.check()
     with blame(f"--device {config.device} cannot be used"):
         torch.empty(0, device=config.device)
-    with blame("--tensorboard does not work (is it installed?)"):
-        importlib.import_module("torch.utils.tensorboard" if config.tensorboard else "json")
+    if config.tensorboard:
+        with blame("--tensorboard does not work (is it installed?)"):
+            importlib.import_module("torch.utils.tensorboard")
     load_prompts(config.prompt_file)   # before anything large is loaded
     if not config.eval_prompt_file:
         raise UserError("--eval-prompt-file is missing, and there is no heldout.txt beside the prompt file")
@@ -994,7 +1001,7 @@ def about(model, rewards, rows, held_out):
 
 def main(arguments=None):
     """The command line.  Exit codes: 0 done, 1 something failed, 2 a setting or a reward to mend, 128 + signal."""
-    folder = Path()
+    folder = Path("runs")
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
@@ -1013,7 +1020,9 @@ def main(arguments=None):
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             message = ("out of memory: lower --batch-size, --group-size, --resolution or --lora-rank, or give "
                        "--gradient-checkpointing")
-        message += f"; what is saved is whole, --resume {folder} goes on; traceback.txt there says where it failed"
+        if (folder / "config.json").exists():
+            message += f"; what is saved is whole, --resume {folder} goes on"
+        message += f"; {folder}/traceback.txt says where it failed"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "traceback.txt").write_text(traceback.format_exc())

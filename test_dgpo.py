@@ -1529,7 +1529,8 @@ def test_every_number_of_the_metrics_and_the_samples_are_in_tensorboard_too(tmp_
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
     path = tmp_path / "stops.py"
     path.write_text("import os, signal\ncalls = []\ndef score(images, prompts, metadata):\n    calls.append(1)\n"
-                    "    for _ in range(2 * (len(calls) == 2)):\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+                    "    for kind in (signal.SIGINT, signal.SIGTERM) * (len(calls) == 2):\n"
+                    "        os.kill(os.getpid(), kind)\n"
                     "    return [0.0] * len(images)\n")
     done = subprocess.run([sys.executable, ROOT / "dgpo.py", *command(tmp_path / "run", "--reward", f"{path}:score")],
                           capture_output=True, text=True)
@@ -1713,9 +1714,8 @@ def test_a_pipeline_with_t5_goes_through_the_whole_command_line(sd35, tmp_path, 
 PUBLISHED = dict(   # what the authors' code runs in its default mode
     dtype="bfloat16", resolution=512, max_sequence_length=128, solver="dpm++2m", num_inference_steps=10,
     guidance_scale=4.5, eval_num_inference_steps=14, group_size=24, groups_per_step=24, timesteps_per_rollout=4,
-    updates_per_rollout=1, lora_rank=64, learning_rate=3e-4, beta=100.0,
-    old_decay=0.3, old_decay_ramp=1e-3, kl_weight=2e-2, clip_range=1e-2, reference="frozen",
-    reference_guidance_scale=1.0)
+    updates_per_rollout=1, lora_rank=64, learning_rate=3e-4, beta=100.0, old_decay=0.3, old_decay_ramp=1e-3,
+    kl_weight=2e-2, clip_range=1e-2, reference="frozen", reference_guidance_scale=1.0)
 RECIPES = [   # what differs in the commands of README's recipes, in their order
     dict(reward="geneval", t_min=0.599, advantage_std="group", rollout_old_after=500, ema_decay=0.974),
     dict(reward="ocr", t_min=0.4, advantage_std="batch", rollout_old_after=200, ema_decay=0.974),
@@ -1825,13 +1825,14 @@ def test_any_flags_are_taken_or_refused():
     try_many(check, 300, pairs=st.lists(st.tuples(name, value), max_size=4))
 
 
-def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, capsys):
+def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, capsys, monkeypatch):
     def write(name, content):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
         return path
 
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)   # as where it is not installed
     empty, single = write("empty.txt", b"\n  \n"), write("single.txt", b"a star\n")
     write("other/model_index.json", b'{"_class_name": "DiTPipeline"}')
     write("folder/config.json", b"{}")
@@ -1867,6 +1868,7 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
             (["--resolution", 36], "--resolution 36: this model wants a multiple of 8, at most 64"),
             (["--resolution", 72], "--resolution 72: this model wants a multiple of 8, at most 64"),
             (["--lora", tmp_path], "does not hold this model's LoRA"),
+            (["--tensorboard"], "--tensorboard does not work"),
             (["--model", tmp_path / "absent"], "absent cannot be loaded"),
             (["--model", tmp_path / "folder"], "folder cannot be loaded: "),
             (["--model", tmp_path / "other"], "other cannot be loaded: "),
@@ -1881,7 +1883,9 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
     assert not (tmp_path / "run").exists()   # nothing is written before everything is checked
     assert main([]) == 2 and "--prompt-file is missing" in refusal(capsys.readouterr().err)
     assert run(tmp_path / "big", "--lora-rank", 10 ** 9) == 1   # terabytes
-    assert "out of memory: lower --batch-size, " in refusal(capsys.readouterr().err)
+    printed = refusal(capsys.readouterr().err)
+    assert "out of memory: lower --batch-size, " in printed and "big/traceback.txt" in printed
+    assert "--resume" not in printed   # as there is no run yet
 
 
 def test_the_command_itself_prints_that_sentence_alone_wherever_one_stands(tmp_path):

@@ -35,6 +35,7 @@ from benchmarks import baselines, flow_grpo  # noqa: E402
 from dgpo import (  # noqa: E402
     EMBEDDED_MODEL,
     UserError,
+    adamw,
     evaluate,
     load_model,
     load_prompts,
@@ -155,8 +156,7 @@ class Run:
         self.spec, self.rows, self.held_out, self.rewards = spec, rows, held_out, rewards
         self.train_step, self.config = parse_method(spec, seed, common)
         self.model, self.images = load_model(self.config), []
-        self.optimizer = torch.optim.AdamW(self.model.lora.weights("current"), lr=self.config.learning_rate,
-                                           weight_decay=1e-4)
+        self.optimizer = adamw(self.model, self.config)
         self.step, self.seconds, self.evaluations, self.counting, self.metrics = 0, 0.0, 0, False, []
         self.model.transformer.register_forward_pre_hook(self.count, with_kwargs=True)
 
