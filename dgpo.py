@@ -31,20 +31,16 @@ import dataclasses
 import fcntl
 import hashlib
 import importlib
-import importlib.metadata
 import io
 import json
 import math
 import os
 import random
-import shutil
-import signal
 import subprocess
 import sys
 import textwrap
 import time
 import traceback
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,7 +127,7 @@ class Config:
     eval_prompts: int = setting(0, "how many of the held-out prompts are used, 0: all", low=0)
     eval_images: int = setting(4, "images a held-out prompt, from noises that stay the same")
     eval_num_inference_steps: int = setting(10, "solver steps of evaluation (paper: 14)")
-    save_every: int = setting(50, "steps between checkpoints", free=True)
+    save_every: int = setting(10, "steps between checkpoints: what any end of the program costs at most", free=True)
     tensorboard: bool = setting(False, "write numbers and samples for TensorBoard, too", free=True)
 
     def check(self):
@@ -593,66 +589,34 @@ def train_step(model, optimizer, reward, rows, step, config, accumulate=accumula
 
 
 def train(config):
-    """Algorithm 1, with evaluations, checkpoints and a log.  Returns the signal that ended it early, or 0."""
+    """Algorithm 1, with evaluations, checkpoints and a log."""
     model, rewards, rows, held_out = prepare(config)
     optimizer = adamw(model, config)
     lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
-    step = lines[-1]["step"] if lines else 0
-    if len(set(gather(lambda: step))) > 1:
+    done = lines[-1]["step"] if lines else 0
+    if len(set(gather(lambda: done))) > 1:
         raise UserError(f"not all processes see the run in {config.output_dir}: it must lie on a disk that all share")
-    first, heard, stopped_by = processes()[0] == 0, hear_signals(), 0
+    first = processes()[0] == 0
     run = Run(config, about(model, rewards, rows, held_out), lines) if first else None
-    before = after = evaluate(model, rewards, held_out, config, "base")
-    if config.lora and not lines:
-        after = evaluate(model, rewards, held_out, config, "ema")
-    if first and not lines:
+    before = evaluate(model, rewards, held_out, config, "base")
+    after = evaluate(model, rewards, held_out, config, "ema") if config.lora or done else before
+    if first and not done:
         run.record(0, before, after, held_out, model.lora)
-    try:
-        with tqdm(total=config.steps, initial=step, desc="dgpo", bar_format=BAR) as bar:
-            while True:
-                if step and (step % config.eval_every == 0 or step == config.steps):
-                    after = evaluate(model, rewards, held_out, config, "ema")
-                    if first and "evaluation" not in run.lines[-1]:
-                        run.record(step, before, after, held_out, model.lora)
-                if first and step and (step % config.save_every == 0 or step == config.steps or stopped_by):
-                    run.save(model, optimizer, step)
-                if step >= config.steps or stopped_by:
-                    break
-                metrics = train_step(model, optimizer, rewards[config.reward], rows_of_step(rows, step, config), step,
-                                     config)
-                step += 1
-                stopped_by = max(gather(lambda: max(heard, default=0)))   # all stop after the same step
-                if first:
-                    run.log({"step": step, **metrics})
-                    shown = {name: f"{metrics[name]:.3g}" for name in ("reward_mean", "loss", "kl")}
-                    bar.set_postfix({"held-out": f"{run.scores()[-1][1]:.3f}", **shown}, refresh=False)
-                    bar.update()
-    except UserError:   # of a reward, before the step's update: what is saved is the end of the last step
-        if first and step:
-            run.save(model, optimizer, step)
-        raise
-    if step < config.steps:
-        print(f"stopped after step {step}; --resume {config.output_dir} goes on", file=sys.stderr)
-        return stopped_by
+    for step in (bar := tqdm(range(done, config.steps), "dgpo", config.steps, initial=done, bar_format=BAR)):
+        metrics = train_step(model, optimizer, rewards[config.reward], rows_of_step(rows, step, config), step, config)
+        done = step + 1
+        if first:
+            run.log({"step": done, **metrics})
+            shown = {name: f"{metrics[name]:.3g}" for name in ("reward_mean", "loss", "kl")}
+            bar.set_postfix({"held-out": f"{run.scores()[-1][1]:.3f}", **shown}, refresh=False)
+        if done % config.eval_every == 0 or done == config.steps:
+            after = evaluate(model, rewards, held_out, config, "ema")
+            if first:
+                run.record(done, before, after, held_out, model.lora)
+        if first and (done % config.save_every == 0 or done == config.steps):
+            run.save(model, optimizer, done)
     if first:
         run.report(before[0], after[0], held_out)
-    return 0
-
-
-def hear_signals():
-    """A list in which the first SIGINT, SIGTERM or SIGHUP lands from now on; a second one ends the process at once."""
-    heard, kinds = [], (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def receive(number, frame):
-        heard.append(number)
-        for kind in kinds:
-            signal.signal(kind, signal.SIG_DFL)
-        # A step takes minutes on a large model.
-        print("\nstopping when this step is done; once more to stop at once, unsaved", file=sys.stderr)
-
-    for kind in kinds:
-        signal.signal(kind, receive)
-    return heard
 
 
 # ---- EVALUATION: held-out prompts, always from the same noise ------------------------------------------------------
@@ -778,13 +742,14 @@ def load_prompts(path, *checks):
     """The rows of a file as dicts with the key "prompt", in order and as often as they stand there; no blank lines.
 
     A .jsonl file has one such dict a line, whose other fields are metadata for the reward, as GenEval's files do; any
-    other file has one prompt a line.  checks: of rewards.  Raises UserError with the number of the first line that is
-    refused and how many are.
+    other file has one prompt a line.  checks: of rewards.  Raises UserError with the number of a line that is refused.
     """
     with blame(f"the prompt file {path} cannot be read"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    rows, faults = [], []
-    for number, line in ((number, line) for number, line in enumerate(lines, 1) if line.strip()):
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line) if str(path).lower().endswith(".jsonl") else {"prompt": line.strip()}
             if not (isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"].strip()):
@@ -794,10 +759,9 @@ def load_prompts(path, *checks):
                 check(row["prompt"], row)
             rows.append(row)
         except (UserError, ValueError, RecursionError) as error:
-            faults.append(f"line {number}: {error}")
-    if faults or not rows:
-        more = f" (and {len(faults) - 1} more such lines)" if len(faults) > 1 else ""
-        raise UserError(f"{path}, {faults[0]}{more}" if faults else f"the prompt file {path} holds no prompt")
+            raise UserError(f"{path}, line {number}: {error}") from None
+    if not rows:
+        raise UserError(f"the prompt file {path} holds no prompt")
     return rows
 
 
@@ -859,7 +823,8 @@ class Run:
         if not config.resume and (any((self.folder / "checkpoints").iterdir()) or list(self.folder.glob("*.png"))):
             raise UserError(f"{self.folder} holds another run; --resume {self.folder} goes on with it")
         if config.tensorboard:
-            self.board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.folder)
+            with blame("--tensorboard does not work (is it installed?)"):
+                self.board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(self.folder)
         write_atomically(self.folder / "config.json", json.dumps({**vars(config), **about}, indent=2).encode())
         # A killed run has logged more than it has saved.
         write_atomically(self.folder / "metrics.jsonl", *(json.dumps(line).encode() + b"\n" for line in lines))
@@ -903,7 +868,7 @@ class Run:
 
     def report(self, before, after, rows):
         """before_after.png, the last picture; a table of each of `evaluate`'s scores, a warning of judges that fell."""
-        shutil.copy(max(self.folder.glob("samples/*.png")), self.folder / "before_after.png")
+        (self.folder / "before_after.png").write_bytes(max(self.folder.glob("samples/*.png")).read_bytes())
         target = next(iter(before))
         for name in before:
             text, fell = comparison(name, before[name], after[name], rows)
@@ -926,25 +891,25 @@ def parse_arguments(arguments=None):
     """The command line, one flag a field, as a Config with nothing left open, alike on all processes."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --prompt-file FILE [--flag value ...]    (all flags: --help)", allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         description=__doc__.split("\n\n")[0] + "  Defaults, those of the embedded job, stand in brackets.",
         epilog="Defaults with any other --model: " + ", ".join(f"{name} {value}" for name, value in PAPER.items()))
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
             "type": field.type, "choices": field.metadata["choices"]}
         shown = f" [{field.default}]" if field.default not in ("", False) else ""
-        parser.add_argument(flag(field.name), default=field.default, help=field.metadata["help"] + shown, **kind)
-    given, stored = parser.parse_args(arguments), {}
-    if given.resume:
-        with blame(f"--resume {given.resume}: there is no run"):
-            stored = json.loads((Path(given.resume) / "config.json").read_text())
-            parser.set_defaults(**{name: stored[name] for name in vars(given)})
-    elif given.model and Path(given.model).resolve() != EMBEDDED_MODEL:
-        parser.set_defaults(**PAPER)
-    config = Config(**vars(parser.parse_args(arguments)))
-    for field in dataclasses.fields(Config) if stored else ():
-        if not field.metadata["free"] and getattr(config, field.name) != stored[field.name]:
-            raise UserError(f"{flag(field.name)} {getattr(config, field.name)}: the run in {given.resume} has "
-                            f"{stored[field.name]}")
+        parser.add_argument(flag(field.name), help=field.metadata["help"] + shown, **kind)
+    given, others = vars(parser.parse_args(arguments)), {}
+    if given.get("resume"):
+        with blame(f"--resume {given['resume']}: there is no run"):
+            stored = json.loads((Path(given["resume"]) / "config.json").read_text())
+        others = {field.name: stored[field.name] for field in dataclasses.fields(Config)}
+        for name in given:
+            if not Config.__dataclass_fields__[name].metadata["free"] and given[name] != stored[name]:
+                raise UserError(f"{flag(name)} {given[name]}: the run in {given['resume']} has {stored[name]}")
+    elif given.get("model") and Path(given["model"]).resolve() != EMBEDDED_MODEL:
+        others = PAPER
+    config = Config(**{**others, **given})
     if not config.prompt_file:
         raise UserError("--prompt-file is missing")
     path = config.prompt_file = os.path.abspath(config.prompt_file)
@@ -953,7 +918,7 @@ def parse_arguments(arguments=None):
     config.eval_prompt_file = held_out and os.path.abspath(held_out)
     config.model = config.model or str(EMBEDDED_MODEL)
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config.output_dir = given.resume or config.output_dir or time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
+    config.output_dir = config.resume or config.output_dir or time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
     return gather(lambda: config)[0]
 
 
@@ -962,9 +927,6 @@ def prepare(config):
     config.check()
     with blame(f"--device {config.device} cannot be used"):
         torch.empty(0, device=config.device)
-    if config.tensorboard:
-        with blame("--tensorboard does not work (is it installed?)"):
-            importlib.import_module("torch.utils.tensorboard")
     load_prompts(config.prompt_file)   # before anything large is loaded
     if not config.eval_prompt_file:
         raise UserError("--eval-prompt-file is missing, and there is no heldout.txt beside the prompt file")
@@ -994,13 +956,14 @@ def about(model, rewards, rows, held_out):
     files = [Path(file).read_bytes() for reward in rewards.values() for file in reward.files]
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=EMBEDDED_MODEL.parent.parent,
                             capture_output=True, text=True).stdout.strip()
-    return {"checksum": zlib.crc32(repr([weights, files, rows, held_out]).encode()), "commit": commit,
+    content = repr([weights, files, rows, held_out]).encode()
+    return {"checksum": hashlib.sha256(content).hexdigest(), "commit": commit,
             "date": time.strftime("%Y-%m-%d %H:%M"), "held_out": [row["prompt"] for row in held_out],
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}}
+            "versions": {name: sys.modules[name].__version__ for name in ("torch", "diffusers", "transformers")}}
 
 
 def main(arguments=None):
-    """The command line.  Exit codes: 0 done, 1 something failed, 2 a setting or a reward to mend, 128 + signal."""
+    """The command line.  Exit codes: 0 done, 1 something failed, 2 a setting or a reward to mend, 130 Ctrl-C."""
     folder = Path("runs")
     try:
         for stream in (sys.stdout, sys.stderr):
@@ -1009,23 +972,23 @@ def main(arguments=None):
         join_processes()
         config = parse_arguments(arguments)
         folder = Path(config.output_dir)
-        stopped_by = train(config)
-        return 128 + stopped_by if stopped_by else 0
+        train(config)
+        return 0
     except UserError as error:
         code, message = 2, str(error)
     except KeyboardInterrupt:
-        code, message = 130, "interrupted before the first step: nothing was trained"
+        code, message = 130, "interrupted"
     except Exception as error:   # what nobody foresaw, too, ends in a sentence
         code, message = 1, f"{type(error).__name__}: {str(error).strip()}"
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             message = ("out of memory: lower --batch-size, --group-size, --resolution or --lora-rank, or give "
                        "--gradient-checkpointing")
-        if (folder / "config.json").exists():
-            message += f"; what is saved is whole, --resume {folder} goes on"
         message += f"; {folder}/traceback.txt says where it failed"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "traceback.txt").write_text(traceback.format_exc())
+    if code != 2 and (folder / "config.json").exists():
+        message += f"; --resume {folder} goes on from its last checkpoint"
     print("dgpo.py: error:", " ".join(message.split()), file=sys.stderr)
     if os.environ.get("TORCHELASTIC_ERROR_FILE"):   # torchrun's last words are what this file says
         said = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}

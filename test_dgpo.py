@@ -83,22 +83,13 @@ from dgpo import (
 from rewards import COLORS, UserError, blame, brief, load_reward, prompt_category
 from shapes.train_base import build_tokenizer
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(1)   # two workers share two cores (README: pytest -n 2)
 
 ROOT = Path(__file__).resolve().parent
 MODEL = ROOT / "shapes/model"
 PROMPTS = ["a red circle", "three squares", "a star left of a ring", "a green cross and a blue triangle"]
 UMASK = os.umask(0)
 os.umask(UMASK)
-
-
-@pytest.fixture(autouse=True)
-def own_signals():
-    """A run takes over the signals of its process, which here is pytest's."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def seed(number):
@@ -332,12 +323,6 @@ def test_loss_gradient_is_sigmoid_of_S_times_the_advantage():
     torch.testing.assert_close(velocity.grad, weight[..., None] * 2 * (velocity - target).detach() / 5)
 
 
-@pytest.mark.parametrize("beta", [0.1, 10.0, 300.0])
-def test_loss_gradient_agrees_with_finite_differences(beta):
-    error, ref_error, advantages = loss_inputs()
-    assert torch.autograd.gradcheck(lambda e: dgpo_loss(e, ref_error, advantages, beta), error.requires_grad_())
-
-
 def test_loss_is_finite_at_any_beta_and_becomes_a_hinge_at_a_large_one():
     error, ref_error, advantages = loss_inputs(groups=20, dtype=torch.float32)
     for beta in (1e-3, 1.0, 1e3, 1e6):
@@ -437,23 +422,15 @@ def test_training_moves_the_policies_apart_and_leaves_the_base_weights_bit_for_b
 
 
 def test_policies_follow_the_current_one_by_exponential_averages():
-    model, config = sd3(updates_per_rollout=1, old_decay=0.3, ema_decay=0.98)
-    start = [t.detach().clone() for t in model.lora.weights("current")]
-    update(model, adamw(model), *update_inputs(model), config, step=1)
-    # theta^- <- decay theta^- + (1 - decay) theta; the average for evaluation opens as (1 + k) / (10 + k)
-    for policy, decay in (("old", 0.3), ("ema", 3 / 12)):
-        for t, first, new in zip(model.lora.weights(policy), start, model.lora.weights("current")):
-            torch.testing.assert_close(t, decay * first + (1 - decay) * new)
-
-
-def test_the_old_policy_follows_more_slowly_from_update_to_update():
-    # The decay is min(old_decay, ramp * updates done before this one).
-    model, config = sd3(updates_per_rollout=1, old_decay=0.25, old_decay_ramp=0.1)
-    for step, decay in enumerate((0.0, 0.1, 0.2, 0.25, 0.25)):
-        before = [t.clone() for t in model.lora.weights("old")]
+    # theta^- <- decay theta^- + (1 - decay) theta, with decays that grow: min(old_decay, ramp * updates before) for the
+    # old policy, and (1 + k) / (10 + k) at update k up to ema_decay for the average.
+    model, config = sd3(updates_per_rollout=1, old_decay=0.25, old_decay_ramp=0.1, ema_decay=0.3)
+    for step, decays in enumerate(((0.0, 2 / 11), (0.1, 3 / 12), (0.2, 0.3), (0.25, 0.3), (0.25, 0.3))):
+        before = {policy: [t.clone() for t in model.lora.weights(policy)] for policy in ("old", "ema")}
         update(model, adamw(model), *update_inputs(model), config, step=step)
-        for t, old, new in zip(model.lora.weights("old"), before, model.lora.weights("current")):
-            torch.testing.assert_close(t, decay * old + (1 - decay) * new)
+        for policy, decay in zip(before, decays):
+            for t, old, new in zip(model.lora.weights(policy), before[policy], model.lora.weights("current")):
+                torch.testing.assert_close(t, decay * old + (1 - decay) * new)
 
 
 def test_a_bfloat16_model_keeps_its_lora_and_its_velocities_in_float32():
@@ -1485,20 +1462,19 @@ def test_a_folder_has_one_run_and_a_run_one_writer_and_one_set_of_settings(tmp_p
     assert all(name.startswith("runs/") and name.endswith(f"-{os.getpid()}") for name in names)   # nobody else's
 
 
-@pytest.mark.parametrize("stop, code, steps, sentence", [
-    ("raise ValueError('no more')", 2, [0, 1], r"the reward '.*stops.py:score' failed.* no more"),
-    ("os.kill(os.getpid(), signal.SIGINT)", 130, [0, 1, 2], "stopped after step 2; --resume"),
-    ("os.kill(os.getpid(), signal.SIGHUP)", 129, [0, 1, 2], "stopped after step 2; --resume")])
-def test_a_run_that_stops_midway_is_saved_and_can_go_on(tmp_path, capsys, stop, code, steps, sentence):
+@pytest.mark.parametrize("stop, code, sentence", [
+    ("raise ValueError('no more')", 2, r"the reward '.*stops.py:score' failed.* no more"),
+    ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted; --resume .*run goes on from its last checkpoint")])
+def test_a_run_that_stops_midway_goes_on_from_its_last_checkpoint(tmp_path, capsys, stop, code, sentence):
     # The reward is called for the evaluation before training, then once a step: it stops in the second step.
     (tmp_path / "stops.py").write_text(
         f"import os, pathlib, signal\ncalls = []\ndef score(images, prompts, metadata):\n    calls.append(1)\n"
         f"    if len(calls) == 3 and not pathlib.Path(r'{tmp_path}/calm').exists():\n        {stop}\n"
         "    return [i.getpixel((9, 9))[0] / 255 for i in images]\n")
-    assert run(tmp_path / "run", "--steps", 3, "--reward", f"{tmp_path}/stops.py:score") == code
-    printed = capsys.readouterr().err
-    assert re.search(sentence, printed.splitlines()[-1]) and "Traceback" not in printed
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == steps
+    flags = ["--steps", 3, "--save-every", 1, "--reward", f"{tmp_path}/stops.py:score"]
+    assert run(tmp_path / "run", *flags) == code
+    assert re.search(sentence, refusal(capsys.readouterr().err))
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1]
     (tmp_path / "calm").touch()
     assert resume(tmp_path / "run") == 0
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 3]
@@ -1526,19 +1502,6 @@ def test_every_number_of_the_metrics_and_the_samples_are_in_tensorboard_too(tmp_
                 assert (step, np.float32(value)) in [(event.step, event.value) for event in events.Scalars(name)]
     assert logged == set(events.Tags()["scalars"]) and events.Tags()["images"] == ["samples"]
     assert {"reward_mean", "eval_score", "eval_judges/jpeg_compressibility"} < logged
-
-
-def test_a_second_signal_ends_a_run_at_once(tmp_path):
-    path = tmp_path / "stops.py"
-    path.write_text("import os, signal\ncalls = []\ndef score(images, prompts, metadata):\n    calls.append(1)\n"
-                    "    for kind in (signal.SIGINT, signal.SIGTERM) * (len(calls) == 2):\n"
-                    "        os.kill(os.getpid(), kind)\n"
-                    "    return [0.0] * len(images)\n")
-    done = subprocess.run([sys.executable, ROOT / "dgpo.py", *command(tmp_path / "run", "--reward", f"{path}:score")],
-                          capture_output=True, text=True)
-    assert done.returncode == -signal.SIGTERM and "stopping when this step is done" in done.stderr
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0]
-    assert not any((tmp_path / "run/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("steps, rows, flags", [
@@ -1626,12 +1589,11 @@ def test_any_number_of_processes_takes_the_same_steps(alone, tmp_path, count):
     same_to_round_off(straight, tmp_path / "run")
 
 
-@pytest.mark.parametrize("stop, steps, saved, sentence", [
-    ("raise ValueError('no more')", [0, 1], 1, r"error: the reward '.*stops.py:score' failed.* no mo"),
-    ("os.kill(os.getppid(), signal.SIGTERM)", [0, 1, 2], 2, "stopped after step 2; --resume"),
-    ("os.kill(os.getpid(), signal.SIGKILL)", [0, 1], 1, "Signal 9|SIGKILL")])
-def test_what_stops_one_process_stops_all_and_the_run_can_go_on(tmp_path, stop, steps, saved, sentence):
-    # The second of two processes stops in its second step, by itself or (its parent) by a signal to torchrun.
+@pytest.mark.parametrize("stop, sentence", [
+    ("raise ValueError('no more')", r"error: the reward '.*stops.py:score' failed.* no mo"),
+    ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9|SIGKILL")])
+def test_what_stops_one_process_stops_all_and_the_run_can_go_on(tmp_path, stop, sentence):
+    # The second of two processes stops in its second step.
     (tmp_path / "stops.py").write_text(
         "import os, pathlib, signal\ncalls = []\ndef score(images, prompts, metadata):\n    calls.append(1)\n"
         f"    if len(calls) == 3 and os.environ.get('RANK') == '1':\n        {stop}\n"
@@ -1640,8 +1602,8 @@ def test_what_stops_one_process_stops_all_and_the_run_can_go_on(tmp_path, stop, 
     assert done.returncode != 0 and re.search(sentence, done.stderr), done.stderr
     if "raise" in stop:   # torchrun's own last words say it too, instead of burying it
         assert "no more" in done.stderr.split("Root Cause")[1]
-    assert [line["step"] for line in metrics_of(tmp_path / "run")] == steps
-    assert max(path.stem for path in (tmp_path / "run/checkpoints").iterdir()) == f"{saved:06d}"
+    assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["000001.pt"]
     assert resume(tmp_path / "run") == 0
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3, 3]
 
@@ -1773,10 +1735,10 @@ def test_rows_that_the_reward_cannot_score_are_found_before_anything_is_written(
              f"{reward}={judges[reward]}" if reward in judges else reward]
     for broken, whole in ((train, held_out), (held_out, train)):
         whole.write_text(good + "\n")
-        broken.write_text(f"{good}\n\n{bad}\n{good}\n{bad}\n")
+        broken.write_text(f"{good}\n\n{bad}\n{good}\n")
         assert run(tmp_path / "run", *flags) == 2
         printed = refusal(capsys.readouterr().err)
-        assert f"{broken.name}, line 3: " in printed and sentence in printed and "(and 1 more such lines)" in printed
+        assert f"{broken.name}, line 3: " in printed and sentence in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -1870,7 +1832,6 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
             (["--resolution", 36], "--resolution 36: this model wants a multiple of 8, at most 64"),
             (["--resolution", 72], "--resolution 72: this model wants a multiple of 8, at most 64"),
             (["--lora", tmp_path], "does not hold this model's LoRA"),
-            (["--tensorboard"], "--tensorboard does not work"),
             (["--model", tmp_path / "absent"], "absent cannot be loaded"),
             (["--model", tmp_path / "folder"], "folder cannot be loaded: "),
             (["--model", tmp_path / "other"], "other cannot be loaded: "),
@@ -1883,6 +1844,8 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
         assert sentence in refusal(printed) and len(refusal(printed)) < 900, (flags, printed)
         assert printed.count("\n") == 1, printed
     assert not (tmp_path / "run").exists()   # nothing is written before everything is checked
+    assert run(tmp_path / "board", "--tensorboard") == 2
+    assert "--tensorboard does not work" in refusal(capsys.readouterr().err)
     assert main([]) == 2 and "--prompt-file is missing" in refusal(capsys.readouterr().err)
     assert run(tmp_path / "big", "--lora-rank", 10 ** 9) == 1   # terabytes
     printed = refusal(capsys.readouterr().err)
