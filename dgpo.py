@@ -858,6 +858,7 @@ class Run:
         picture.save(self.folder / f"samples/{step:06d}.png")
         if self.board:
             self.board.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            self.board.flush()
 
     def save(self, model, optimizer, step):
         """Write a checkpoint and the exported LoRA; then only the newest two checkpoints stay."""
@@ -941,11 +942,8 @@ def prepare(config):
     model = load_model(config)
     if config.lora:
         model.lora.load(config.lora)
-    images = config.groups_per_step * config.group_size
     print(f"{sum(t.numel() for t in model.lora.weights('current')) / 1e6:.2f} M LoRA parameters in "
-          f"{len(model.lora.layers)} layers; {len(rows)} training and {len(held_out)} held-out prompts\n"
-          f"a step: {config.groups_per_step} prompts x {config.group_size} images, {config.num_inference_steps} solver "
-          f"steps; {images * config.timesteps_per_rollout} samples in {config.updates_per_rollout} updates; "
+          f"{len(model.lora.layers)} layers; {len(rows)} training and {len(held_out)} held-out prompts; "
           f"writing to {config.output_dir}", flush=True)
     return model, rewards, rows, held_out
 
@@ -996,14 +994,8 @@ def main(arguments=None):
     return code
 
 
-def leave(code):
-    """End this process; one of many without its group's own end, which can wait for ever for gloo's threads."""
-    if processes()[1] > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    leave(main())
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)   # one of many processes would first end its group, which can wait for ever for gloo's threads
