@@ -278,15 +278,15 @@ def markdown(header, rows):
 
 
 def speed_table(curves):
-    """Seconds, images and evaluations each method takes to reach the levels, mean over seeds, and DGPO's advantage."""
+    """What each method takes to the levels, in multiples of DGPO's need, and its pictures there: mean over seeds."""
     rows = []
-    for unit, scale, digits in (("seconds", 1, 0), ("images", 1000, 1), ("evaluations", 1000, 0)):
+    for unit, scale, digits in ("seconds", 1, 0), ("evaluations", 1000, 0), ("distance", 1, 2), ("diversity", 1, 2):
         prices = {method: [mean(price(curve, level, unit) for curve in seeds) for level in LEVELS]
                   for method, seeds in curves.items()}
         for method, row in prices.items():
             cells = []
             for p, best in zip(row, prices.get("dgpo", row)):
-                times = f" ({p / best:.1f}x)" if 0 < best < math.inf else ""
+                times = f" ({p / best:.1f}x)" if 0 < best < math.inf and unit in ("seconds", "evaluations") else ""
                 cells.append(f"{p / scale:.{digits}f}{times}" if p < math.inf else "-")   # not by every seed
             rows.append([unit if scale == 1 else f"{unit}, thousands", method, *cells])
     return markdown(["to reach", "method", *LEVELS], rows)
@@ -296,12 +296,12 @@ def best_of(curves, peer):
     """How much less DGPO needs for the best score that `peer` has anywhere, mean over seeds: a sentence."""
     tops = [max(line["score"] for line in curve) for curve in curves[peer]]
     parts = []
-    for unit in ("seconds", "images", "evaluations"):
+    for unit in ("seconds", "evaluations"):
         ours, theirs = ([price(curve, top, unit) for curve, top in zip(curves[name], tops)] for name in ("dgpo", peer))
         if max(ours) == math.inf:
             return f"{peer}'s best score, {mean(tops):.3f}, is more than DGPO reached with every seed."
         parts.append(f"{mean(b / max(a, 1e-9) for a, b in zip(ours, theirs)):.1f} times fewer {unit}")
-    return f"{peer}'s best score, {mean(tops):.3f}, takes DGPO {', '.join(parts)}."
+    return f"{peer}'s best score, {mean(tops):.3f}, takes DGPO {' and '.join(parts)}."
 
 
 def quality_table(curves):
@@ -356,22 +356,24 @@ def join_pictures(folder):
 
 
 def draw(curves, path):
-    """Score against seconds, images and evaluations: mean over seeds and, as a band, their range."""
+    """Score against time, evaluations and the pictures' distance: mean over seeds and, as a band, their range."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")
-    for axis, unit, label in zip(axes, ("seconds", "images", "evaluations"),
-                                 ("minutes of training", "images sampled, thousands",
-                                  "transformer evaluations, thousands")):
+    for axis, (unit, scale, label) in zip(axes, (("seconds", 60, "minutes of training"),
+                                                 ("evaluations", 1000, "transformer evaluations, thousands"),
+                                                 ("distance", 1, "distance from rendered pictures (0: like them)"))):
         for method, seeds in curves.items():
             n = min(len(curve) for curve in seeds)
-            x = [mean(curve[i][unit] for curve in seeds) / (60 if unit == "seconds" else 1000) for i in range(n)]
+            x = [mean(curve[i][unit] for curve in seeds) / scale for i in range(n)]
             scores = [[curve[i]["score"] for curve in seeds] for i in range(n)]
             line, = axis.plot(x, [mean(s) for s in scores], marker=".", label=method,
                               linewidth=2.5 if method == "dgpo" else 1.2)
-            axis.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=line.get_color(), alpha=0.15)
+            if unit != "distance":   # which goes to and fro
+                axis.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=line.get_color(),
+                                  alpha=0.15)
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("score on held-out prompts")
