@@ -904,10 +904,10 @@ def parse_arguments(arguments=None):
     if given.get("resume"):
         with blame(f"--resume {given['resume']}: there is no run"):
             stored = json.loads((Path(given["resume"]) / "config.json").read_text())
-        others = {field.name: stored[field.name] for field in dataclasses.fields(Config)}
-        for name in given:
-            if not Config.__dataclass_fields__[name].metadata["free"] and given[name] != stored[name]:
-                raise UserError(f"{flag(name)} {given[name]}: the run in {given['resume']} has {stored[name]}")
+            others = {field.name: stored[field.name] for field in dataclasses.fields(Config)}
+        for name, value in given.items():
+            if not Config.__dataclass_fields__[name].metadata["free"] and value != others[name]:
+                raise UserError(f"{flag(name)} {value}: the run in {given['resume']} has {others[name]}")
     elif given.get("model") and Path(given["model"]).resolve() != EMBEDDED_MODEL:
         others = PAPER
     config = Config(**{**others, **given})
