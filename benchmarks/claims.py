@@ -303,20 +303,22 @@ def best_of(curves, peer):
 
 
 def quality_table(curves):
-    """Where each run ended: mean over seeds."""
-    rows = []
+    """Where each run ended: mean over seeds, and what it had over DGPO with the same seeds."""
+    rows, ours = [], {curve[-1]["seed"]: curve[-1]["score"] for curve in curves.get("dgpo", [])}
     for method, seeds in curves.items():
         last = [curve[-1] for curve in seeds]
+        over = [line["score"] - ours[line["seed"]] for line in last if line["seed"] in ours]
         top = mean(max(line["score"] for line in curve) for curve in seeds)
         scores = [line["score"] for line in last]
         around = f" ({min(scores):.3f} to {max(scores):.3f})" if len(scores) > 1 else ""
         rows.append([f"`{method}`", len(seeds), f"{mean(line['step'] for line in last):.0f}",
-                     f"{mean(scores):.3f}{around}", f"{top:.3f}", f"{mean(line['distance'] for line in last):.3f}",
+                     f"{mean(scores):.3f}{around}", f"{mean(over):+.3f}" if over else "", f"{top:.3f}",
+                     f"{mean(line['distance'] for line in last):.3f}",
                      f"{mean(line['diversity'] for line in last):.2f}"])
     first = next(iter(curves.values()))[0][0]
-    rows.append(["base model", "", 0, f"{first['score']:.3f}", "", f"{first['distance']:.3f}",
+    rows.append(["base model", "", 0, f"{first['score']:.3f}", "", "", f"{first['distance']:.3f}",
                  f"{first['diversity']:.2f}"])
-    return markdown(["method", "seeds", "steps", "score at the end", "best on the way",
+    return markdown(["method", "seeds", "steps", "score at the end", "over DGPO's", "best on the way",
                      "distance from rendered pictures", "diversity within a prompt"], rows)
 
 
@@ -395,7 +397,7 @@ def main(arguments=None):
     parser.add_argument("--eval-prompts", type=int, help="only the first N held-out prompts")
     parser.add_argument("--eval-images", type=int, default=4)
     args = parser.parse_args(arguments)
-    name, names, specs, tasks = args.name, [], PEERS, ["composition"]
+    name, specs, tasks = args.name, PEERS, ["composition"]
     if args.ablation:
         name = "ablations"
         names = list(ABLATIONS) if args.ablation == "all" else [args.ablation]
@@ -421,9 +423,9 @@ def main(arguments=None):
             join_pictures(args.output_dir).save(args.output_dir / "tasks.png")
         return print("\n" + task_table(args.output_dir))
     curves = load_results(args.output_dir, name)
-    for each in names:
-        print(f"\n{each}\n\n" + quality_table({spec: curves[spec] for spec in ABLATIONS[each] if spec in curves}))
-    if not names:
+    if args.ablation:
+        print("\n" + quality_table({spec: curves[spec] for spec in specs if spec in curves}))
+    else:
         print("\n" + speed_table(curves) + "\n\n" + quality_table(curves))
         for peer in [method for method in curves if "dgpo" in curves and method != "dgpo"]:
             print(best_of(curves, peer))
