@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import baselines, flow_grpo  # noqa: E402
 from dgpo import (  # noqa: E402
     EMBEDDED_MODEL,
+    PAPER,
     UserError,
     adamw,
     evaluate,
@@ -53,6 +54,9 @@ LEVELS = (0.6, 0.7, 0.8, 0.85, 0.9)   # scores whose price the table gives
 # its authors' value; README.md beside this file says what was tried besides.
 METHODS = {
     "dgpo": (train_step, {}),
+    "dgpo_published": (train_step, {name: PAPER[name] for name in (
+        "beta", "t_min", "updates_per_rollout", "rollout_old_after", "old_decay", "old_decay_ramp", "learning_rate",
+        "ema_decay")}),
     "flow_grpo": (flow_grpo.train_step, dict(updates_per_rollout=2, kl_weight=0.04)),
     "flow_grpo_fast": (flow_grpo.train_step, dict(updates_per_rollout=2, kl_weight=0.0, sde_window=2,
                                                   learning_rate=1e-3)),
@@ -66,7 +70,7 @@ METHODS = {
     "dgpo_own_noise": (functools.partial(train_step, accumulate=baselines.own_noise), {}),
     "dgpo_plain_signs": (functools.partial(train_step, accumulate=baselines.plain_signs), {}),
 }
-PEERS = ["dgpo", "flow_grpo", "flow_grpo_fast", "diffusion_dpo", "nft", "awm", "awm_released"]
+PEERS = ["dgpo", "dgpo_published", "flow_grpo", "flow_grpo_fast", "diffusion_dpo", "nft", "awm", "awm_released"]
 ABLATIONS = {
     "rollouts": ["dgpo", "dgpo:solver=euler", "dgpo_sde_rollouts"],
     "rollout_steps": ["dgpo:num_inference_steps=4", "dgpo", "dgpo:num_inference_steps=8",
