@@ -600,8 +600,8 @@ def train(config):
     run = Run(config, about(model, rewards, rows, held_out), lines) if first else None
     before = evaluate(model, rewards, held_out, config, "base")
     after = evaluate(model, rewards, held_out, config, "ema") if config.lora or done else before
-    if first and not done:
-        run.record(0, before, after, held_out, model.lora)
+    if first and (not done or done >= config.steps and "evaluation" not in lines[-1]):   # told to end here
+        run.record(done, before, after, held_out, model.lora)
     for step in (bar := tqdm(range(done, config.steps), "dgpo", config.steps, initial=done, bar_format=BAR)):
         metrics = train_step(model, optimizer, rewards[config.reward], rows_of_step(rows, step, config), step, config)
         done = step + 1
