@@ -599,8 +599,9 @@ def train(config):
     first = processes()[0] == 0
     run = Run(config, about(model, rewards, rows, held_out), lines) if first else None
     before = evaluate(model, rewards, held_out, config, "base")
-    after = evaluate(model, rewards, held_out, config, "ema") if config.lora or done else before
-    if first and (not done or done >= config.steps and "evaluation" not in lines[-1]):   # told to end here
+    ended = done > 0 and done >= config.steps   # a resumed run that has no step left to take
+    after = evaluate(model, rewards, held_out, config, "ema") if ended or config.lora and not done else before
+    if first and (not done or ended and "evaluation" not in lines[-1]):
         run.record(done, before, after, held_out, model.lora)
     for step in (bar := tqdm(range(done, config.steps), "dgpo", config.steps, initial=done, bar_format=BAR)):
         metrics = train_step(model, optimizer, rewards[config.reward], rows_of_step(rows, step, config), step, config)
