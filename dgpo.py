@@ -76,6 +76,11 @@ def setting(default, help, low=1, high=10 ** 9, choices=None, free=False):
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, free=free))
 
 
+def flag(name):
+    """A setting's name as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
 @dataclass
 class Config:
     """Every setting of a run, with the defaults of the embedded job."""
@@ -87,8 +92,9 @@ class Config:
     model: str = setting("", "folder in diffusers' format, or hub id (default: the embedded model)", free=True)
     reward: str = setting("shapes", "reward: NAME, NAME=FOLDER, file.py:function, or a sum NAME:weight,NAME:weight")
     eval_reward: str = setting("realism", "judges, watched at every evaluation and not trained on: NAME,NAME")
-    lora: str = setting("", "a run's lora/ folder to begin with; with --steps 0, it is only compared with the model")
-    output_dir: str = setting("", "where everything is written (default: a new folder in runs/)", free=True)
+    lora: str = setting("", "a run's lora/ folder to begin with; with --steps 0, it is only compared with the model",
+                        free=True)
+    output_dir: str = setting("", "where everything is written (default: a new folder in runs/)")
     resume: str = setting("", "a run's folder: go on with it, with its own settings", free=True)
     steps: int = setting(125, "training steps (one rollout of all groups each); 0: only evaluate", low=0, free=True)
     seed: int = setting(0, "seed of LoRA, prompt order and noises", low=0)
@@ -291,7 +297,7 @@ class LoRA:
         return [t for layer in self.layers.values() for t in layer.policies[policy]]
 
     def select(self, policy):
-        """Make `policy` the one whose velocity the transformer computes; "base" is the frozen model, with LoRA off."""
+        """Make `policy` the one whose velocity the transformer computes; "frozen" is the model with its LoRA off."""
         for layer in self.layers.values():
             layer.active = layer.policies.get(policy)
 
@@ -402,17 +408,17 @@ class SD3:
             parts.append((tokens.cpu(), pooled.cpu()))
         for encoder in self.encoders:
             encoder.to("cpu")
-        self.rows, self.texts = {p: i for i, p in enumerate(prompts)}, [torch.cat(part) for part in zip(*parts)]
+        self.places, self.texts = {p: i for i, p in enumerate(prompts)}, [torch.cat(part) for part in zip(*parts)]
 
     def embeddings(self, prompts):
         """List of B strings -> (token embeddings [B, L, D], pooled embeddings [B, D]) on the device."""
-        rows, index = torch.tensor([self.rows[p] for p in prompts]).unique(return_inverse=True)
-        return tuple(part[rows].to(self.device)[index.to(self.device)] for part in self.texts)
+        places, index = torch.tensor([self.places[p] for p in prompts]).unique(return_inverse=True)
+        return tuple(part[places].to(self.device)[index.to(self.device)] for part in self.texts)
 
     def velocity(self, x, sigma, prompts, policy, guidance_scale=1.0):
         """The policy's velocity at x [B, C, H, W] for B prompts, float32 [B, C, H, W]; sigma: a number, 0-d, or [B].
 
-        policy: one of POLICIES, or "base" for the frozen model.
+        policy: one of POLICIES, or "frozen" for the frozen model.
         guidance_scale > 1: v("") + scale (v(prompt) - v("")).
         """
         self.lora.select(policy)
@@ -459,7 +465,8 @@ def rollout(model, prompts, noise, num_steps, policy, config):
         start = noise[i:i + config.batch_size].to(model.device)
         latents.append(sample_ode(velocity, start, sigmas, config.solver))
         if not latents[-1].isfinite().all():
-            raise FloatingPointError(f"the {policy} model's images are not finite; try a lower --learning-rate")
+            raise UserError(f"the {policy} policy's images are not finite: after training, that wants a new run with a "
+                            "lower --learning-rate")
         images += model.decode(latents[-1])
     return torch.cat(latents or [noise]), images
 
@@ -479,9 +486,9 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
     sums = dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
     rows_at_once = max(1, config.batch_size // G)   # whole groups, as S of Eq. 17 is the whole group's
     for i in tqdm(range(0, R, rows_at_once), desc="update", leave=False):
-        rows = slice(i, i + rows_at_once)
-        x, A, each_sigma = x_t[rows], advantages[rows], sigma[rows].repeat_interleave(G)           # …, [r, G], [r * G]
-        each_prompt = [prompt for prompt in prompts[rows] for _ in range(G)]
+        part = slice(i, i + rows_at_once)
+        x, A, each_sigma = x_t[part], advantages[part], sigma[part].repeat_interleave(G)           # …, [r, G], [r * G]
+        each_prompt = [prompt for prompt in prompts[part] for _ in range(G)]
 
         def velocity(policy, guidance_scale=1.0):                                                  # [r, G, C, H, W]
             return model.velocity(x.flatten(0, 1), each_sigma, each_prompt, policy, guidance_scale).view(x.shape)
@@ -491,12 +498,12 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
 
         # One forward for each policy: all in one batch, they were slower on a CPU but for the smallest batches.
         with torch.no_grad():
-            frozen = velocity("base", config.reference_guidance_scale)
+            frozen = velocity("frozen", config.reference_guidance_scale)
             if config.clip_range or config.reference == "old":
-                old_error = mean_squared(velocity("old") - target[rows])
-            ref_error = old_error if config.reference == "old" else mean_squared(frozen - target[rows])
+                old_error = mean_squared(velocity("old") - target[part])
+            ref_error = old_error if config.reference == "old" else mean_squared(frozen - target[part])
         v = velocity("current")
-        error = live = mean_squared(v - target[rows])                                              # [r, G]
+        error = live = mean_squared(v - target[part])                                              # [r, G]
         # To the frozen model even where the reference of S moves: without an anchor, all errors drift upwards.
         kl = mean_squared(v - frozen)                                                              # [r, G]
         if config.clip_range:
@@ -518,7 +525,7 @@ def optimizer_step(model, optimizer, done, config):
     """Take the `done + 1`-th step of a run, let the other policies follow, and return the gradient's norm."""
     norm = nn.utils.clip_grad_norm_(model.lora.weights("current"), 1.0).item()
     if not math.isfinite(norm):   # it would spoil every weight and AdamW's moments for good
-        raise FloatingPointError("the gradient is not finite; try a lower --learning-rate")
+        raise UserError("the gradient is not finite: that wants a new run with a lower --learning-rate")
     optimizer.step()
     model.lora.follow("old", min(config.old_decay, config.old_decay_ramp * done))
     # Early on a long average would be mostly the untrained model: (1 + k) / (10 + k) opens it gradually.
@@ -538,9 +545,9 @@ def update(model, optimizer, x0, prompts, advantages, config, step, accumulate=a
     # Drawn for all P groups, so that a group's draws do not depend on who owns it.
     sigma = draw_timesteps(P, M, config.t_min, model.shift, generator)[mine].to(model.device)
     noise = torch.randn(P, M, 1, *x0.shape[2:], generator=generator)[mine].to(model.device)        # [P, M, 1, C, H, W]
-    with_signal = int((advantages != 0).any(1).sum())
+    signal = (advantages != 0).any(1).cpu()
+    with_signal, useful = int(signal.sum()), signal[mine].nonzero()[:, 0]
     prompts, advantages = prompts[mine], advantages[mine]
-    useful = advantages.abs().sum(1).nonzero()[:, 0].cpu()
     totals = dict.fromkeys(("loss", "kl", "clip_fraction", "gradient_norm"), 0.0)
     for k in range(steps if with_signal else 0):
         columns = range(k * M // steps, (k + 1) * M // steps)
@@ -590,28 +597,31 @@ def train_step(model, optimizer, reward, rows, step, config, accumulate=accumula
 
 def train(config):
     """Algorithm 1, with evaluations, checkpoints and a log."""
-    model, rewards, rows, held_out = prepare(config)
+    model, judges, rows, held_out = prepare(config)
     optimizer = adamw(model, config)
     lines = load_checkpoint(Path(config.output_dir), model, optimizer) if config.resume else []
     done = lines[-1]["step"] if lines else 0
     if len(set(gather(lambda: done))) > 1:
         raise UserError(f"not all processes see the run in {config.output_dir}: it must lie on a disk that all share")
     first = processes()[0] == 0
-    run = Run(config, about(model, rewards, rows, held_out), lines) if first else None
-    before = evaluate(model, rewards, held_out, config, "base")
-    ended = done > 0 and done >= config.steps   # a resumed run that has no step left to take
-    after = evaluate(model, rewards, held_out, config, "ema") if ended or config.lora and not done else before
-    if first and (not done or ended and "evaluation" not in lines[-1]):
+    run = Run(config, provenance(model, judges, rows, held_out), lines) if first else None
+    before = after = evaluate(model, judges, held_out, config, "frozen")
+    # The policy is not the frozen model if it began with a LoRA, or if a resumed run has no step left to take, which
+    # may have been let end between two evaluations.
+    begins, ends = done == 0, done > 0 and done >= config.steps
+    if ends or (begins and config.lora):
+        after = evaluate(model, judges, held_out, config, "ema")
+    if first and (begins or (ends and "evaluation" not in lines[-1])):
         run.record(done, before, after, held_out, model.lora)
     for step in (bar := tqdm(range(done, config.steps), "dgpo", config.steps, initial=done, bar_format=BAR)):
-        metrics = train_step(model, optimizer, rewards[config.reward], rows_of_step(rows, step, config), step, config)
+        metrics = train_step(model, optimizer, judges[config.reward], rows_of_step(rows, step, config), step, config)
         done = step + 1
         if first:
             run.log({"step": done, **metrics})
             shown = {name: f"{metrics[name]:.3g}" for name in ("reward_mean", "loss", "kl")}
             bar.set_postfix({"held-out": f"{run.scores()[-1][1]:.3f}", **shown}, refresh=False)
         if done % config.eval_every == 0 or done == config.steps:
-            after = evaluate(model, rewards, held_out, config, "ema")
+            after = evaluate(model, judges, held_out, config, "ema")
             if first:
                 run.record(done, before, after, held_out, model.lora)
         if first and (done % config.save_every == 0 or done == config.steps):
@@ -623,10 +633,10 @@ def train(config):
 # ---- EVALUATION: held-out prompts, always from the same noise ------------------------------------------------------
 
 
-def evaluate(model, rewards, rows, config, policy):
+def evaluate(model, judges, rows, config, policy):
     """Score the policy on N prompts, K images each: (dict name -> scores [N, K], list of images).
 
-    rewards: dict name -> reward; rows: N dicts with "prompt", handed to the rewards as metadata.  Where a reward of 1
+    judges: dict name -> reward; rows: N dicts with "prompt", handed to the rewards as metadata.  Where a reward of 1
     means "all right", the strict accuracy "NAME, strict" stands before the reward itself.  The noises depend on nothing
     but the shape.  Many processes share the prompts; all get all scores, and the images of the PICTURED prompts.
     """
@@ -638,7 +648,7 @@ def evaluate(model, rewards, rows, config, policy):
 
     def share():
         scores = {}
-        for name, reward in rewards.items():
+        for name, reward in judges.items():
             score = reward(images, prompts, repeated).view(-1, K)
             scores |= {f"{name}, strict": (score >= 1).float(), name: score} if reward.strict else {name: score}
         return scores, images[:max(0, PICTURED - mine.start) * K] if processes()[1] > 1 else images
@@ -792,7 +802,7 @@ def load_checkpoint(folder, model, optimizer):
             print(f"the checkpoint {path} is damaged", file=sys.stderr)
             continue
         state = torch.load(io.BytesIO(data[32:]), "cpu", weights_only=True)
-        with torch.no_grad():
+        with torch.no_grad(), blame(f"the checkpoint {path} is not of this model"):
             for policy in POLICIES:
                 for t, saved in zip(model.lora.weights(policy), state["policies"][policy], strict=True):
                     t.copy_(saved)
@@ -862,9 +872,9 @@ class Run:
             self.board.flush()
 
     def save(self, model, optimizer, step):
-        """Write a checkpoint and the exported LoRA; then only the newest two checkpoints stay."""
+        """Write the exported LoRA and a checkpoint; then only the newest two checkpoints stay."""
+        model.lora.export(self.folder / "lora", step=step)   # first: what ends between the two is done again
         save_checkpoint(self.folder / f"checkpoints/{step:06d}.pt", model, optimizer, self.lines)
-        model.lora.export(self.folder / "lora", step=step)
         for path in sorted((self.folder / "checkpoints").glob("*.pt"))[:-2]:
             path.unlink()
 
@@ -884,11 +894,6 @@ class Run:
 # ---- MAIN: from the command line to train() and from errors to sentences -------------------------------------------
 
 
-def flag(name):
-    """A setting's name as it is typed."""
-    return "--" + name.replace("_", "-")
-
-
 def parse_arguments(arguments=None):
     """The command line, one flag a field, as a Config with nothing left open, alike on all processes."""
     parser = argparse.ArgumentParser(
@@ -899,11 +904,11 @@ def parse_arguments(arguments=None):
     for field in dataclasses.fields(Config):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
             "type": field.type, "choices": field.metadata["choices"]}
-        shown = f" [{field.default}]" if field.default not in ("", False) else ""
+        shown = f" [{field.default}]" if field.default != "" and field.type is not bool else ""
         parser.add_argument(flag(field.name), help=field.metadata["help"] + shown, **kind)
     given, others = vars(parser.parse_args(arguments)), {}
     if given.get("resume"):
-        with blame(f"--resume {given['resume']}: there is no run"):
+        with blame(f"--resume {given['resume']}: there is no run that this version can go on with"):
             stored = json.loads((Path(given["resume"]) / "config.json").read_text())
             others = {field.name: stored[field.name] for field in dataclasses.fields(Config)}
         for name, value in given.items():
@@ -914,28 +919,33 @@ def parse_arguments(arguments=None):
     config = Config(**{**others, **given})
     if not config.prompt_file:
         raise UserError("--prompt-file is missing")
-    path = config.prompt_file = os.path.abspath(config.prompt_file)
-    beside = [f"{os.path.splitext(path)[0]}_heldout.txt", os.path.join(os.path.dirname(path), "heldout.txt")]
-    held_out = config.eval_prompt_file or next(filter(os.path.exists, beside), "")
-    config.eval_prompt_file = held_out and os.path.abspath(held_out)
+    path = Path(config.prompt_file)
+    beside = [path.parent / f"{path.stem}_heldout.txt", path.parent / "heldout.txt"]
+    config.eval_prompt_file = config.eval_prompt_file or str(next(filter(Path.exists, beside), ""))
     config.model = config.model or str(EMBEDDED_MODEL)
+    for name in ("prompt_file", "eval_prompt_file", "model", "lora"):   # a run may be resumed from another folder
+        if os.path.exists(getattr(config, name)):
+            setattr(config, name, os.path.abspath(getattr(config, name)))
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.output_dir = config.resume or config.output_dir or time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
     return gather(lambda: config)[0]
 
 
 def prepare(config):
-    """Everything that can go wrong before the first file is written: (model, rewards, rows, held_out)."""
+    """Everything that can go wrong before the first file is written: (model, judges, rows, held_out).
+
+    judges: dict name -> reward, the one trained on and then those that only watch.
+    """
     config.check()
     with blame(f"--device {config.device} cannot be used"):
         torch.empty(0, device=config.device)
     load_prompts(config.prompt_file)   # before anything large is loaded
     if not config.eval_prompt_file:
         raise UserError("--eval-prompt-file is missing, and there is no heldout.txt beside the prompt file")
-    judges = config.eval_reward.split(",") if config.eval_reward else []
-    rewards = {name: load_reward(name, config.device) for name in [config.reward, *judges]}
-    rows = load_prompts(config.prompt_file, rewards[config.reward].check)
-    held_out = load_prompts(config.eval_prompt_file, *(reward.check for reward in rewards.values()))
+    names = [config.reward, *filter(None, config.eval_reward.split(","))]
+    judges = {name: load_reward(name, config.device) for name in names}
+    rows = load_prompts(config.prompt_file, judges[config.reward].check)
+    held_out = load_prompts(config.eval_prompt_file, *(reward.check for reward in judges.values()))
     held_out = list({row["prompt"]: row for row in held_out}.values())
     # Drawn once and for all: published files are sorted by category.
     order = torch.randperm(len(held_out), generator=seeded("held out")).tolist()
@@ -946,13 +956,13 @@ def prepare(config):
     print(f"{sum(t.numel() for t in model.lora.weights('current')) / 1e6:.2f} M LoRA parameters in "
           f"{len(model.lora.layers)} layers; {len(rows)} training and {len(held_out)} held-out prompts; "
           f"writing to {config.output_dir}", flush=True)
-    return model, rewards, rows, held_out
+    return model, judges, rows, held_out
 
 
-def about(model, rewards, rows, held_out):
+def provenance(model, judges, rows, held_out):
     """What config.json says besides the settings: what the run depends on besides them, and when it was made."""
     weights = [layer.base.weight[0].tolist() for layer in model.lora.layers.values()]   # all would be gigabytes
-    files = [Path(file).read_bytes() for reward in rewards.values() for file in reward.files]
+    files = [Path(file).read_bytes() for reward in judges.values() for file in reward.files]
     commit = subprocess.run("git describe --always --dirty", shell=True, cwd=EMBEDDED_MODEL.parent.parent,
                             capture_output=True, text=True).stdout.strip()
     content = repr([weights, files, rows, held_out]).encode()
@@ -975,6 +985,8 @@ def main(arguments=None):
         return 0
     except UserError as error:
         code, message = 2, str(error)
+    except SystemExit as error:   # argparse's, after --help or its own sentence
+        return error.code
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except Exception as error:   # what nobody foresaw, too, ends in a sentence
@@ -982,10 +994,11 @@ def main(arguments=None):
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             message = ("out of memory: lower --batch-size, --group-size, --resolution or --lora-rank, or give "
                        "--gradient-checkpointing")
-        message += f"; {folder}/traceback.txt says where it failed"
+        trace = folder / f"traceback{processes()[0] or ''}.txt"   # one a process: the others fail for want of the first
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "traceback.txt").write_text(traceback.format_exc())
+            trace.write_text(traceback.format_exc())
+            message += f"; {trace} says where it failed"
     if code != 2 and (folder / "config.json").exists():
         message += f"; --resume {folder} goes on from its last checkpoint"
     print("dgpo.py: error:", " ".join(message.split()), file=sys.stderr)

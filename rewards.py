@@ -66,7 +66,7 @@ def prompt_category(prompt, metadata):
 
 
 # ------------------------------------------------------------------------------------------------
-# JPEG files and CLIP; models are loaded once, from a local folder or the hub, in half precision on a GPU
+# JPEG files and CLIP; models are loaded once, from a local folder or the hub, on a GPU in half precision
 # ------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +91,7 @@ def quiet_libraries():
 
 def load_pretrained(auto_class, path, device=None, dtype=None, **where):
     """`from_pretrained` that asks no hub for a folder; with a device, a frozen model in evaluation mode on it."""
+    quiet_libraries()
     load = partial(auto_class.from_pretrained, path, local_files_only=os.path.isdir(path), **where)
     if device is None:
         return load()
@@ -527,16 +528,15 @@ def load_function(name, device):
     base, equals, source = name.partition("=")
     if base in REWARDS:
         load, parts = REWARDS[base]
+        paths = parts
         if equals and not parts:
             raise UserError(f"the reward {base!r} has no model, so it takes no '={source}'")
-        paths = {**parts, ".": source} if "." in parts else {part: os.path.join(source, part) for part in parts}
-        absent = [part for part in paths if "." not in parts and not os.path.isdir(paths[part])]
-        if equals and absent:
-            raise UserError(f"--reward {name}: there is no folder {paths[absent[0]]} with {parts[absent[0]]}'s files")
-        paths = paths if equals else parts
-        if parts:
-            quiet_libraries()
-        where = f" from {' and '.join(paths.values())} (--reward {base}=FOLDER takes a folder)" if parts else ""
+        if equals:
+            paths = {**parts, ".": source} if "." in parts else {part: os.path.join(source, part) for part in parts}
+            for part, path in paths.items():
+                if "." not in parts and not os.path.isdir(path):
+                    raise UserError(f"the reward {name!r}: there is no folder {path} with {parts[part]}'s files")
+        where = f" from {' and '.join(paths.values())} ({base}=FOLDER takes a folder)" if parts else ""
         with blame(f"the reward {base!r} cannot be loaded{where}"):
             return load(paths, device)
     path, _, function = name.rpartition(":")

@@ -22,11 +22,11 @@ def try_out(model):
     model.encode([""])
     std, x = model.noise.float().std().item(), torch.randn(2, *model.noise.shape[1:], device=model.device)
     hook = model.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
-    v = model.velocity(x, 0.5, ["", ""], "base")   # as in an update, with gradients, of which the frozen model has none
+    v = model.velocity(x, 0.5, ["", ""], "frozen")   # as in an update: with gradients, of which it has none
     hook.remove()
     with torch.no_grad():
-        without = model.velocity(x, 0.5, ["", ""], "base")
-        model.velocity(x, 0.5, ["", ""], "base", guidance_scale)   # not all can guide two images of one prompt
+        without = model.velocity(x, 0.5, ["", ""], "frozen")
+        model.velocity(x, 0.5, ["", ""], "frozen", guidance_scale)   # not all can guide two images of one prompt
     pictures = model.decode(x[:1])
     refuse([(len(calls) == 1, f"it calls its transformer {len(calls)} times a step"),
             (v.shape == x.shape, "its scheduler is not given the velocity of its latents"),

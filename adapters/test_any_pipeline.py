@@ -317,7 +317,7 @@ def test_eulers_steps_on_our_velocities_are_the_pipelines_own_call(name, folders
         assert noise.shape[1:] == model.latent_shape
         with torch.no_grad():
             ours = sample_ode(lambda x, sigma, scale=guidance_scale: model.velocity(
-                x, sigma, PROMPTS[:1], "base", scale), noise.float(), sigmas)
+                x, sigma, PROMPTS[:1], "frozen", scale), noise.float(), sigmas)
         torch.testing.assert_close(ours, steps[-1].float(), rtol=1e-5, atol=1e-5)
         assert_same_picture(model.decode(ours)[0], picture)
         ends.append(ours)
@@ -348,9 +348,9 @@ def test_a_batch_is_its_samples_one_by_one_and_gradients_reach_the_lora(name, fo
     # The last block's text branch ends nowhere: a few layers have no use.
     assert len(reached) >= 8 and sum(reached) > 0.7 * len(reached)
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.transformer.parameters()))
-    base = model.velocity(x, sigmas, prompts, "base")
+    base = model.velocity(x, sigmas, prompts, "frozen")
     assert (model.velocity(x, sigmas, prompts, "current") - base).norm() > 0.01 * base.norm()
-    torch.testing.assert_close(model.velocity(x, 0.5, prompts, "base")[:3], base[:3])   # sigma may be one number
+    torch.testing.assert_close(model.velocity(x, 0.5, prompts, "frozen")[:3], base[:3])   # sigma may be one number
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -365,7 +365,7 @@ def test_the_exported_lora_draws_the_same_with_diffusers_alone(name, folders, tm
     noise, steps, picture, sigmas = own_call(plain, FAMILIES[name], PROMPTS[1], 1.0)
     with torch.no_grad():
         ours = sample_ode(lambda x, sigma: model.velocity(x, sigma, PROMPTS[1:2], "ema"), noise.float(), sigmas)
-        base = sample_ode(lambda x, sigma: model.velocity(x, sigma, PROMPTS[1:2], "base"), noise.float(), sigmas)
+        base = sample_ode(lambda x, sigma: model.velocity(x, sigma, PROMPTS[1:2], "frozen"), noise.float(), sigmas)
     assert (ours - steps[-1]).norm() < 1e-3 * base.norm() < 1e-1 * (ours - base).norm()
     assert_same_picture(model.decode(ours)[0], picture)
 
@@ -388,7 +388,7 @@ def test_sd3_through_the_adapter_is_dgpos_own_sd3():
     theirs.encode(prompts)
     x, sigmas = torch.randn(4, *ours.latent_shape, generator=seed(2)), torch.tensor([1.0, 0.7, 0.7, 0.2])
     for sigma in (sigmas, 0.4, torch.tensor(0.4)):
-        for policy, scale in (("base", 1.0), ("current", 1.0), ("current", 0.0), ("current", 4.5)):
+        for policy, scale in (("frozen", 1.0), ("current", 1.0), ("current", 0.0), ("current", 4.5)):
             torch.testing.assert_close(ours.velocity(x, sigma, prompts, policy, scale),
                                        theirs.velocity(x, sigma, prompts, policy, scale), rtol=1e-4, atol=1e-4)
     for a, b in zip(ours.decode(x), theirs.decode(x), strict=True):
@@ -402,11 +402,11 @@ def test_a_prompt_is_encoded_once_and_the_encoders_are_not_needed_afterwards(nam
     x = torch.randn(2, *model.latent_shape)
     model.encode(PROMPTS)
     assert len(seen) == 3 and set(model.texts) == set(PROMPTS)
-    model.velocity(x, 0.5, PROMPTS[:2], "base", 3.0)   # asked for guidance, it encodes all for it
+    model.velocity(x, 0.5, PROMPTS[:2], "frozen", 3.0)   # asked for guidance, it encodes all for it
     assert len(seen) == 9 and set(model.texts) == set(PROMPTS)
     model.encoders.to("meta")
     for scale in (1.0, 3.0):
-        model.velocity(x, 0.5, PROMPTS[1:], "base", scale)
+        model.velocity(x, 0.5, PROMPTS[1:], "frozen", scale)
     model.decode(x)
     assert model.pipe._execution_device == model.device and len(seen) == 9
     model.encode(PROMPTS[:1])
@@ -420,7 +420,7 @@ def test_a_bfloat16_model_takes_the_steps_of_its_own_call_and_its_pictures_are_f
     noise, steps, _, sigmas = own_call(plain, FAMILIES[name], PROMPTS[0], 1.0)
     model = adapt(folders(name), name, torch.bfloat16)
     assert model.transformer.dtype == torch.bfloat16 and model.vae.dtype == torch.float32
-    velocity = model.velocity(noise.float(), sigmas[0], PROMPTS[:1], "base")
+    velocity = model.velocity(noise.float(), sigmas[0], PROMPTS[:1], "frozen")
     assert velocity.dtype == torch.float32
     assert (noise + (sigmas[1] - sigmas[0]) * velocity - steps[0]).norm() < 0.01 * velocity.norm()
     assert_same_picture(model.decode(noise.float())[0], adapt(folders(name), name).decode(noise.float())[0])
@@ -443,7 +443,7 @@ def test_gradient_checkpointing_leaves_the_gradients_as_they_are(name, folders):
 def test_a_distilled_models_guidance_is_an_input_and_the_rollouts_in_updates_too(folders):
     model, x = adapt(folders("FLUX.1"), "FLUX.1", guidance_scale=3.5), torch.randn(1, 16, 16, generator=seed(4))
     with torch.no_grad():   # updates ask for the scale 1, which is not what the images were drawn with
-        updates, rollouts, other = (model.velocity(x, 0.5, PROMPTS[:1], "base", scale) for scale in (1.0, 3.5, 5.0))
+        updates, rollouts, other = (model.velocity(x, 0.5, PROMPTS[:1], "frozen", scale) for scale in (1.0, 3.5, 5.0))
     assert torch.equal(updates, rollouts) and not torch.equal(updates, other)
 
 

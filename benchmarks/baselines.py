@@ -49,7 +49,7 @@ def nft(model, x0, prompts, advantages, sigma, noise, config, total_rows):
     """
     velocity, target = velocities(model, x0, prompts, sigma, noise)
     with torch.no_grad():
-        v_old, v_base = velocity("old"), velocity("base")
+        v_old, v_base = velocity("old"), velocity("frozen")
     v, r = velocity("current"), 0.5 + advantages / 10                                              # [R, G], A in +-5
 
     def error(implicit):
@@ -73,7 +73,7 @@ def awm(model, x0, prompts, advantages, sigma, noise, config, total_rows):
     objective.  The paper's plain form, every sigma weighing the same."""
     velocity, target = velocities(model, x0, prompts, sigma, noise)
     with torch.no_grad():
-        old_error, v_base = mean_squared(velocity("old") - target), velocity("base")
+        old_error, v_base = mean_squared(velocity("old") - target), velocity("frozen")
     v = velocity("current")
     loss = clipped_objective(mean_squared(v - target), old_error, advantages, config.clip_range)
     return backward(loss, mean_squared(v - v_base), config, total_rows)
@@ -93,7 +93,7 @@ def awm_released(model, x0, prompts, advantages, sigma, noise, config, total_row
     follows the current one closely, here "old" (see `awm_released_step`)."""
     velocity, target = velocities(model, x0, prompts, sigma, noise)
     with torch.no_grad():
-        v_old, v_base = velocity("old"), velocity("base")
+        v_old, v_base = velocity("old"), velocity("frozen")
     v = velocity("current")
     error, old_error = (generalised_huber(mean_squared(u - target), sigma) for u in (v, v_old))
     loss = clipped_objective(error, old_error, advantages / 5, config.clip_range) + mean_squared(v - v_old)

@@ -219,7 +219,7 @@ def measure(specs, task, path, seed, budget, evaluations, limit, common):
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in read_lines(path) if line["method"] not in specs]
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    base = runs[0].evaluate("base")   # the same for all of them
+    base = runs[0].evaluate("frozen")   # the same for all of them
     pictures = [runs[0].images]
     marks = {run: [budget * (k / evaluations) ** 2 for k in range(1, evaluations + 1)] for run in runs}
     with open(path, "a") as file:

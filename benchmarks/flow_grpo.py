@@ -109,7 +109,7 @@ def accumulate_step(model, x, next_x, sigmas, i, log_prob, prompts, A, config, s
     kl = loss.new_zeros(())
     if config.kl_weight:
         with torch.no_grad():
-            base_mean, _ = moments("base")
+            base_mean, _ = moments("frozen")
         kl = (mean - base_mean).square().mean() / (2 * sde_noise(sigmas[i], config.noise_level, sigmas[1]) ** 2)
     (share * (loss + config.kl_weight * kl)).backward()
     return {"loss": share * loss.item(), "kl": share * kl.item(), "clip_fraction": share * clipped}

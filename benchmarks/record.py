@@ -32,7 +32,7 @@ def bare_forwards(model, prompts, count=20):
     x, sigma = torch.randn(96, *model.latent_shape), torch.full((96,), 500.0)
     model.encode(prompts)
     embeddings = model.embeddings((prompts * 96)[:96])
-    model.lora.select("base")
+    model.lora.select("frozen")
     start = time.process_time()
     for _ in range(count):
         model.transformer(x, *embeddings, sigma, return_dict=False)
@@ -49,7 +49,7 @@ def measure(spec, seed, steps, every, limit=None):
     rows, held_out = task_prompts("composition", limit)
     run = Run(spec, seed, rows, held_out, {"shapes": load_reward("shapes")}, {})
     texts = [row["prompt"] for row in held_out]
-    bare, lines = [bare_forwards(run.model, texts)], [run.evaluate("base")]
+    bare, lines = [bare_forwards(run.model, texts)], [run.evaluate("frozen")]
     while run.step < steps:
         run.advance()
         if run.step % every == 0:

@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--flags", default=f"--prompt-file {ROOT / 'shapes/prompts.txt'} --model "
-                        f"{ROOT / 'shapes/model'} --eval-prompts 2 --eval-images 1", help="dgpo.py's")
+                        f"{ROOT / 'shapes/model'} --eval-prompts 2 --eval-reward=", help="dgpo.py's")
     arguments = parser.parse_args()
     print("| processes | step, s | images/s | speed-up | bytes all-reduced a step | exchange, share of a step |\n"
           "|---|---|---|---|---|---|")

@@ -137,7 +137,7 @@ def test_flow_grpos_updates_are_a_slow_loop_over_their_samples_and_all_random_st
                 ratio = (log_prob(b, i, mean, std) - log_probs[i][b]).exp()
                 loss = -min(A[b] * ratio, A[b] * ratio.clamp(0.95, 1.05))
                 with torch.no_grad():
-                    base = moments(b, i, "base")[0]
+                    base = moments(b, i, "frozen")[0]
                 kl = (mean - base).square().mean() / (2 * s ** 2)   # not s^2 |dt|, the step's own variance
                 ((loss + config.kl_weight * kl) / (len(part) * len(steps))).backward()
                 losses.append(loss.item() / (len(part) * len(steps) * len(parts)))
@@ -198,7 +198,7 @@ def test_a_peers_rule_is_a_slow_loop_over_samples_without_guidance(rule, sample_
             t, target = sigma[row], noise[row, 0] - image
             x_t = (image + t * target)[None]
             v, v_old, v_base = (model.velocity(x_t, t, [prompts[row]], policy)[0]
-                                for policy in ("current", "old", "base"))
+                                for policy in ("current", "old", "frozen"))
             losses.append(sample_loss(v, v_old.detach(), target, t, A[row, i], config))
             kls.append((v - v_base.detach()).square().mean())
     ((sum(losses) + 0.3 * sum(kls)) / (3 * 5)).backward()

@@ -71,8 +71,8 @@ def random_model(preset, config, prompts):
         tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
     model = SD3(pipe, config)
     width, pooled = (preset["transformer"][f"{name}_dim"] for name in ("joint_attention", "pooled_projection"))
-    model.rows = {p: i for i, p in enumerate(["", *prompts])}
-    model.texts = [torch.randn(len(model.rows), *shape, dtype=model.dtype) for shape in (
+    model.places = {p: i for i, p in enumerate(["", *prompts])}
+    model.texts = [torch.randn(len(model.places), *shape, dtype=model.dtype) for shape in (
         (preset["tokens"], width), (pooled,))]
     model.encode = lambda prompts: None   # there is nothing to encode with
     return model
@@ -105,7 +105,7 @@ def bare_update(model, prompts, config):
         batch = prompts[i:i + config.batch_size]
         x = torch.randn(len(batch), *model.latent_shape, device=model.device)
         with torch.no_grad():
-            for policy in ("base", "old"):
+            for policy in ("frozen", "old"):
                 model.velocity(x, 0.5, batch, policy)
         model.velocity(x, 0.5, batch, "current").sum().backward()
     for tensor in model.lora.weights("current"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rewards import RELATIONS, connected_components, load_pretrained, ocr_score, quiet_libraries, wanted_text
+from rewards import RELATIONS, connected_components, load_pretrained, ocr_score, wanted_text
 
 VAE = Path(__file__).resolve().parent / "model/vae"
 
@@ -486,7 +486,6 @@ MOST_DRAWN = 4   # objects that `place` finds room for
 @lru_cache
 def load_vae():
     """The embedded model's VAE, whatever model is trained: one ruler for all."""
-    quiet_libraries()
     import diffusers  # late, as the other rewards do without it
     diffusers.utils.logging.set_verbosity_error()
     return load_pretrained(diffusers.AutoencoderKL, str(VAE), "cpu")
@@ -537,7 +536,8 @@ def realism(images, prompts, metadata):
     """How much a batch looks like rendered pictures of its prompts, on which nothing is trained: about 0 if it does.
 
     The mean is minus the kernel distance of both in the VAE's latents, an image's score its share of that: below 0 for
-    what rendered pictures do not look like, above for what there is too little of.  Raises ValueError for one image.
+    what rendered pictures do not look like, above for what there is too little of.  Of many processes,
+    each judges its own share of the images, which does not come to the same.  Raises ValueError for one image.
     """
     if len(images) < 2:
         raise ValueError("it compares samples, so that it wants two images or more")
