@@ -453,8 +453,17 @@ def seeded(*numbers):
 
 
 @torch.no_grad()
-def rollout(model, prompts, noise, num_steps, policy, config):
-    """Images for B prompts, perhaps none, from noise [B, C, H, W]: (latents x0 [B, C, H, W], list of B PIL images)."""
+def rollout(model, rows, size, generator, num_steps, policy, config):
+    """`size` images for each row: (x0 [rows, size, C, H, W], and, as a reward wants them, images, prompts and rows).
+
+    rows: dicts with "prompt"; generator: of the noise to start from.  Of many processes each draws for its own rows
+    alone (see `own`), perhaps none.
+    """
+    mine = own(len(rows))
+    repeated = [row for row in rows[mine] for _ in range(size)]                                    # B of them
+    prompts = [row["prompt"] for row in repeated]
+    # Drawn for all, so that a row's noise does not depend on who owns it.
+    noise = torch.randn(len(rows), size, *model.latent_shape, generator=generator)[mine].flatten(0, 1)  # [B, C, H, W]
     model.encode(prompts)
     # The sigmas are left on the CPU, so that the solver never waits for a GPU.
     sigmas, latents, images = ode_sigmas(num_steps, model.shift, config.solver), [], []
@@ -468,7 +477,7 @@ def rollout(model, prompts, noise, num_steps, policy, config):
             raise UserError(f"the {policy} policy's images are not finite: after training, that wants a new run with a "
                             "lower --learning-rate")
         images += model.decode(latents[-1])
-    return torch.cat(latents or [noise]), images
+    return torch.cat(latents or [noise]).unflatten(0, (-1, size)), images, prompts, repeated
 
 
 # ---- UPDATE (Algorithm 1, lines 6-9) -------------------------------------------------------------------------------
@@ -577,19 +586,14 @@ def rows_of_step(rows, step, config):
 
 def train_step(model, optimizer, reward, rows, step, config, accumulate=accumulate_gradients):
     """One step of Algorithm 1: rollout, rewards, advantages, update.  Returns the step's metrics."""
-    P, G, mine = config.groups_per_step, config.group_size, own(config.groups_per_step)
+    G, start = config.group_size, time.monotonic()
     policy = "old" if 0 < config.rollout_old_after < step * config.updates_per_rollout else "current"
-    repeated = [row for row in rows[mine] for _ in range(G)]
-    prompts, start = [row["prompt"] for row in repeated], time.monotonic()
-    # Drawn for all, so that a group's noise does not depend on who owns it.
-    noise = torch.randn(P * G, *model.latent_shape, generator=seeded(config.seed, "rollout", step))  # [B, C, H, W]
-    noise = noise[mine.start * G:mine.stop * G]
-    x0, images = rollout(model, prompts, noise, config.num_inference_steps, policy, config)
-    rewards = torch.cat(gather(lambda: reward(images, prompts, repeated).view(-1, G)))             # [P, G]
+    x0, *drawn = rollout(model, rows, G, seeded(config.seed, "rollout", step), config.num_inference_steps, policy,
+                         config)                                                                   # [P, G, C, H, W]
+    rewards = torch.cat(gather(lambda: reward(*drawn).view(-1, G)))                                # [P, G]
     rolled_out = time.monotonic()
     advantages = group_advantages(rewards, config.advantage_std).to(model.device)                  # [P, G]
-    metrics = update(model, optimizer, x0.unflatten(0, (-1, G)), [row["prompt"] for row in rows], advantages, config,
-                     step, accumulate)
+    metrics = update(model, optimizer, x0, [row["prompt"] for row in rows], advantages, config, step, accumulate)
     return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
             "zero_groups": (advantages == 0).all(1).float().mean().item(), **metrics,
             "seconds_rollout": rolled_out - start, "seconds_update": time.monotonic() - rolled_out}
@@ -640,18 +644,15 @@ def evaluate(model, judges, rows, config, policy):
     means "all right", the strict accuracy "NAME, strict" stands before the reward itself.  The noises depend on nothing
     but the shape.  Many processes share the prompts; all get all scores, and the images of the PICTURED prompts.
     """
-    N, K, mine = len(rows), config.eval_images, own(len(rows))
-    repeated = [row for row in rows[mine] for _ in range(K)]
-    prompts = [row["prompt"] for row in repeated]
-    noise = torch.randn(N * K, *model.latent_shape, generator=seeded("evaluation"))[mine.start * K:mine.stop * K]
-    _, images = rollout(model, prompts, noise, config.eval_num_inference_steps, policy, config)
+    K, shown = config.eval_images, max(0, PICTURED - own(len(rows)).start) if processes()[1] > 1 else len(rows)
+    _, *drawn = rollout(model, rows, K, seeded("evaluation"), config.eval_num_inference_steps, policy, config)
 
     def share():
         scores = {}
         for name, reward in judges.items():
-            score = reward(images, prompts, repeated).view(-1, K)
+            score = reward(*drawn).view(-1, K)
             scores |= {f"{name}, strict": (score >= 1).float(), name: score} if reward.strict else {name: score}
-        return scores, images[:max(0, PICTURED - mine.start) * K] if processes()[1] > 1 else images
+        return scores, drawn[0][:shown * K]
 
     shares = gather(share)
     return ({name: torch.cat([scores[name] for scores, _ in shares]) for name in shares[0][0]},

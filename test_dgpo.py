@@ -88,6 +88,7 @@ torch.set_num_threads(1)   # two workers share two cores (README: pytest -n 2)
 ROOT = Path(__file__).resolve().parent
 MODEL = ROOT / "shapes/model"
 PROMPTS = ["a red circle", "three squares", "a star left of a ring", "a green cross and a blue triangle"]
+ROWS = [{"prompt": prompt} for prompt in PROMPTS]
 UMASK = os.umask(0)
 os.umask(UMASK)
 
@@ -447,7 +448,7 @@ def test_exported_lora_draws_the_same_images_in_plain_diffusers(tmp_path):
     randomize(model, "ema", 0.1, 12)
     model.lora.export(tmp_path, step=7)
     noise = torch.randn(4, *model.latent_shape, generator=seed(13))
-    base, ours = (pixels(rollout(model, PROMPTS, noise, 6, policy, config)[1]) for policy in ("frozen", "ema"))
+    base, ours = (pixels(rollout(model, ROWS, 1, seed(13), 6, policy, config)[1]) for policy in ("frozen", "ema"))
     assert abs(ours - base).max() > 50   # the LoRA shows
     pipe = diffusers_pipeline()
     pipe.load_lora_weights(tmp_path)
@@ -517,10 +518,10 @@ def test_an_euler_rollout_is_the_pipeline_of_diffusers(guidance_scale):
     # In two batches, which must not show.
     model, config = sd3(solver="euler", guidance_scale=guidance_scale, batch_size=3)
     noise = torch.randn(4, *model.latent_shape, generator=seed(14))
-    x0, ours = rollout(model, PROMPTS, noise, 8, "current", config)
+    x0, ours, *_ = rollout(model, ROWS, 1, seed(14), 8, "current", config)
     theirs = diffusers_pipeline()(PROMPTS, num_inference_steps=8, guidance_scale=guidance_scale, latents=noise,
                                   height=32, width=32, max_sequence_length=1).images
-    assert x0.shape == noise.shape
+    assert x0.shape == (4, 1, *model.latent_shape)
     assert abs(pixels(ours) - pixels(theirs)).max() <= 1
 
 
@@ -634,8 +635,7 @@ def test_updates_favour_the_preferred_images():
 def test_evaluation_always_starts_from_the_same_noise():
     model, config = sd3(eval_images=2, eval_num_inference_steps=3)
     rewards = {name: load_reward(name) for name in ("shapes", "jpeg_compressibility")}
-    rows = [{"prompt": prompt} for prompt in PROMPTS]
-    (first, images), (second, again) = (evaluate(model, rewards, rows, config, "ema") for _ in "ab")
+    (first, images), (second, again) = (evaluate(model, rewards, ROWS, config, "ema") for _ in "ab")
     assert list(first) == ["shapes, strict", "shapes", "jpeg_compressibility"]   # what is trained on comes first
     for name in first:
         assert first[name].shape == (4, 2) and torch.equal(first[name], second[name])
@@ -1725,7 +1725,7 @@ def test_the_recipes_of_the_readme_are_the_published_configurations():
 
 def test_rollouts_turn_to_the_old_policy_after_that_many_updates_and_not_at_them(tmp_path, monkeypatch):
     policies = []
-    monkeypatch.setattr(dgpo, "rollout", lambda *args: policies.append(args[4]) or rollout(*args))
+    monkeypatch.setattr(dgpo, "rollout", lambda *args: policies.append(args[5]) or rollout(*args))
     assert run(tmp_path, "--steps", 5, "--rollout-old-after", 2, "--updates-per-rollout", 1, "--eval-every", 9) == 0
     # Evaluations are of the base model and the EMA; in between, steps with 0, 1, 2, 3 and 4 updates before them.
     assert policies == ["frozen", "current", "current", "current", "old", "old", "ema"]

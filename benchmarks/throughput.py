@@ -26,7 +26,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters.any_pipeline import AnyPipeline  # noqa: E402
-from dgpo import EMBEDDED_MODEL, PAPER, SD3, Config, LoRA, group_advantages, rollout, update  # noqa: E402
+from dgpo import EMBEDDED_MODEL, PAPER, SD3, Config, LoRA, group_advantages, rollout, seeded, update  # noqa: E402
 
 # `tokens`: text tokens a prompt, 77 of CLIP and those of T5; `settings`: those of dgpo.py.
 PRESETS = {
@@ -120,10 +120,9 @@ def measure(preset, config, repeats):
     repeated = [prompt for prompt in prompts for _ in range(G)]
     optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=1e-6)
     advantages = group_advantages(torch.rand(P, G)).to(model.device)
-    noise = torch.randn(P * G, *model.latent_shape)
-    x0 = noise.view(P, G, *model.latent_shape).to(model.device)
+    rows, x0 = [{"prompt": prompt} for prompt in prompts], torch.randn(P, G, *model.latent_shape).to(model.device)
     parts = {
-        "rollout": lambda: rollout(model, repeated, noise, config.num_inference_steps, "current", config),
+        "rollout": lambda: rollout(model, rows, G, seeded("throughput"), config.num_inference_steps, "current", config),
         "bare_rollout": lambda: bare_rollout(model, repeated, config),
         "update": lambda: update(model, optimizer, x0, prompts, advantages, config, step=0),
         "bare_update": lambda: bare_update(model, repeated * config.timesteps_per_rollout, config)}
