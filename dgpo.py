@@ -111,7 +111,7 @@ class Config:
     rollout_old_after: int = setting(0, "updates after which rollouts use the old policy, 0: never (paper: 200)", low=0)
     # Objective
     beta: float = setting(10.0, "strength of the preference inside the sigmoid (paper: 10 to 100)", low=1e-6)
-    t_min: float = setting(0.3, "lowest timestep trained on, before the shift (paper, guided: .599, .4)", low=0, high=0.99)
+    t_min: float = setting(0.3, "lowest timestep trained on, unshifted (paper, guided: 0.599 or 0.4)", low=0, high=0.99)
     timesteps_per_rollout: int = setting(4, "M, timesteps trained on for each group (paper: 4)")
     updates_per_rollout: int = setting(4, "optimizer steps the M timesteps are split over (paper: 1)")
     advantage_std: str = setting("group", "standardise advantages within group or batch", choices=("group", "batch"))
