@@ -1364,7 +1364,8 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_harms_nothing(tmp_path, caps
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in refusal(capsys.readouterr().err)
-    assert saved == {path: path.read_bytes() for path in saved} and (tmp_path / "traceback.txt").exists()
+    assert saved == {path: path.read_bytes() for path in saved}
+    assert "Traceback" in (tmp_path / "traceback.txt").read_text()
     assert resume(tmp_path, "--steps", 2) == 0 and not list(tmp_path.rglob("*.tmp"))
 
 
@@ -1673,7 +1674,7 @@ def test_a_pipeline_with_t5_goes_through_the_whole_command_line(sd35, tmp_path, 
         line, = metrics_of(folder)
         return line["eval_score"], capsys.readouterr().out
 
-    base, alone = judged(tmp_path / "frozen")
+    base, alone = judged(tmp_path / "base")
     trained, both = judged(tmp_path / "lora", "--lora", tmp_path / "run/lora")
     assert base != trained and alone.count("score") == both.count("before     after    change") == 2
     assert (tmp_path / "lora/before_after.png").exists()

@@ -536,8 +536,8 @@ def realism(images, prompts, metadata):
     """How much a batch looks like rendered pictures of its prompts, on which nothing is trained: about 0 if it does.
 
     The mean is minus the kernel distance of both in the VAE's latents, an image's score its share of that: below 0 for
-    what rendered pictures do not look like, above for what there is too little of.  Of many processes,
-    each judges its own share of the images, which does not come to the same.  Raises ValueError for one image.
+    what rendered pictures do not look like, above for what there is too little of.  Of many processes each
+    judges its own share of the images, which does not come to the same.  Raises ValueError for one image.
     """
     if len(images) < 2:
         raise ValueError("it compares samples, so that it wants two images or more")
