@@ -573,14 +573,20 @@ def test_gradient_checkpointing_leaves_the_update_unchanged():
 
 def test_groups_without_signal_are_not_trained_on():
     # With the KL term on, their images would matter if they were.
-    results = []
+    results, counted = [], []
+
+    def accumulate(*args):
+        counted.append((len(args[1]), args[-1]))   # of two groups one is trained on, and the mean is that of both
+        return accumulate_gradients(*args)
+
     for other in (0.0, 1.0):
         model, config = sd3(kl_weight=1.0)
         randomize(model, "current", 0.05, 20)
         x0, prompts, advantages = update_inputs(model)
         advantages[1], x0[1] = 0, x0[1] + other
-        metrics = update(model, adamw(model), x0, prompts, advantages, config, step=0)
+        metrics = update(model, adamw(model), x0, prompts, advantages, config, step=0, accumulate=accumulate)
         results.append((metrics, model.lora.weights("current")))
+    assert set(counted) == {(1, 2)}
     assert results[0][0] == results[1][0] and metrics["gradient_norm"] > 0
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
     before = [t.detach().clone() for t in model.lora.weights("current")]
