@@ -416,6 +416,7 @@ def _check_shapes(prompt, fields):
 
 
 shapes.check, shapes.strict = _check_shapes, True
+shapes.category = lambda prompt: parse_prompt(prompt)["category"]
 
 # ------------------------------------------------------------------------------------------------
 # The reader of signs
@@ -474,7 +475,7 @@ def _check_words(prompt, fields):
         raise ValueError("it asks for no word; it is for the reward 'shapes'")
 
 
-words.check = _check_words
+words.check, words.category = _check_words, shapes.category
 
 # ------------------------------------------------------------------------------------------------
 # Realism: pictures against rendered ones of the same prompts
