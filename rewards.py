@@ -22,16 +22,12 @@ import math
 import os
 import re
 import sys
-import unicodedata
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +39,7 @@ class UserError(Exception):
 
 @contextmanager
 def blame(what):
-    """Whatever is raised inside but Ctrl-C becomes UserError(f"{what}: its first line"); a UserError passes as it is."""
+    """What is raised inside, but Ctrl-C, becomes UserError(f"{what}: its first line"); a UserError passes as it is."""
     try:
         yield
     except (UserError, KeyboardInterrupt):
@@ -133,7 +129,7 @@ def load_pretrained(kind, path, device=None, dtype=None, **where):
     parameters = dict(model.named_parameters())
     for wrong, keys in (("it has no weights for", set(info["missing_keys"]) & set(parameters)),
                         ("its file has other weights, too, as", set(info["unexpected_keys"])),
-                        ("not all numbers are finite in", {k for k, p in parameters.items() if not p.isfinite().all()})):
+                        ("not all are finite in", {k for k, p in parameters.items() if not p.isfinite().all()})):
         if keys:
             raise UserError(f"{name}: {wrong} {min(keys)}")
     return model.to(device).requires_grad_(False).eval()
@@ -199,20 +195,6 @@ def batches(items, size=16):
     for _, group in itertools.groupby(items, lambda item: getattr(item, "size", None)):
         group = list(group)
         yield from (group[i:i + size] for i in range(0, len(group), size))
-
-
-def connected_components(foreground):
-    """Number the 8-connected regions of bool masks [B, H, W]: float32 [B, H, W], 0 outside, one number a region."""
-    # Every foreground pixel takes the largest pixel number it can reach; float32 is exact up to 2**24 pixels.
-    numbers = torch.arange(1, foreground[0].numel() + 1, dtype=torch.float32, device=foreground.device)
-    labels = numbers.view(1, *foreground.shape[1:]) * foreground
-    while True:
-        spread = (F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * foreground).flatten(1)
-        # Go on to what the pixel found has found itself, so that the reach doubles instead of growing by one.
-        spread = F.pad(spread, (1, 0)).gather(1, spread.long()).view_as(labels)
-        if torch.equal(spread, labels):
-            return labels
-        labels = spread
 
 
 class Clip:
@@ -287,266 +269,6 @@ def load_aesthetic(paths, device):
 
 
 # ------------------------------------------------------------------------------------------------
-# GenEval (arXiv 2310.11513): detected objects, the geometry of their boxes, CLIP for their colours
-# ------------------------------------------------------------------------------------------------
-
-# A relation is where the first object lies as seen from the second, as a unit step (x to the right, y down).
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-# GenEval's own names of some COCO classes, by the label of the detector (both spellings of COCO in use).
-GENEVAL_NAMES = {
-    "mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "hair dryer": "hair drier",
-    "tvmonitor": "tv", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table",
-    "motorbike": "motorcycle", "aeroplane": "airplane"}
-
-
-def geneval_objects(metadata, detections, name):
-    """The detections of a class that count as objects under the published thresholds, the most confident first."""
-    threshold = 0.9 if metadata.get("tag") == "counting" else 0.3
-    return sorted((d for d in detections if d[0] == name and d[1] > threshold), key=lambda d: -d[1])[:16]
-
-
-def box_relations(box, other):
-    """The RELATIONS in which a box (x0, y0, x1, y1) stands to another one, a set: none, one or two.
-
-    The centres must lie further apart than 0.1 of both sizes together, and the rest make up half of their distance.
-    """
-    offset = [(box[i] + box[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]
-    slack = [0.1 * (box[i + 2] - box[i] + other[i + 2] - other[i]) for i in (0, 1)]
-    clear = [math.copysign(max(abs(o) - s, 0), o) for o, s in zip(offset, slack)]
-    if max(map(abs, clear)) < 1e-3:
-        return set()
-    return {name for name, (x, y) in RELATIONS.items() if (x * clear[0] + y * clear[1]) / math.hypot(*offset) > 0.5}
-
-
-def score_geneval(metadata, detections, exact=True):
-    """Grade detections, a list of (class, confidence, box (x0, y0, x1, y1), color or None), against a GenEval prompt.
-
-    exact: the partial score of Flow-GRPO's reward server, a mean over 1 - |found - count| / count for every class
-    included, the share of right colours, and 1 or 0 for a relation (0 if the count is wrong).  1.0 if and only if all
-    is right; below 0 where far too many are found.  A failed relation counts once, as 0; there, as a 0 and a 1.
-    Not exact: GenEval's own accuracy, 1.0 or 0.0, by the `count` surest objects of a class, more only for `exclude`.
-    """
-    parts, matched = [], []
-    for wanted in metadata["include"]:
-        count, found = wanted["count"], geneval_objects(metadata, detections, wanted["class"])
-        found = found if exact else found[:count]
-        parts.append(1 - abs(len(found) - count) / count)
-        right = len(found) == count
-        if "color" in wanted:
-            parts.append(right * sum(d[3] == wanted["color"] for d in found) / count)
-            right = parts[-1] == 1
-        if "position" in wanted:
-            relation, target = wanted["position"]
-            right = right and matched[target] is not None and all(
-                relation in box_relations(d[2], other[2]) for d in found for other in matched[target])
-            parts.append(float(right))
-        matched.append(found if right else None)
-    for unwanted in metadata.get("exclude", []):
-        # The exact count of a class that is included has already said what its exclusion says.
-        counted = exact and unwanted["class"] in [wanted["class"] for wanted in metadata["include"]]
-        if not counted and len(geneval_objects(metadata, detections, unwanted["class"])) >= unwanted["count"]:
-            parts.append(0.0)
-    return sum(parts) / len(parts) if exact else float(all(part == 1 for part in parts))
-
-
-def load_detector(path, device):
-    """Mask2Former and its image processor, as detect_objects takes them."""
-    from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
-    from transformers.models.mask2former import modeling_mask2former
-    # In float32 even on a GPU: it is a small model, and its confidences are held against published thresholds.
-    with mock.patch.object(modeling_mask2former, "requires_backends"):  # its loss would want scipy; it is never called
-        model = load_pretrained(Mask2FormerForUniversalSegmentation, path, device, torch.float32)
-    model.config.id2label = {i: GENEVAL_NAMES.get(name, name) for i, name in model.config.id2label.items()}
-    return model, load_pretrained(Mask2FormerImageProcessor, path)
-
-
-def detect_objects(detector, images):
-    """Instances in B RGB images of one size: for each a list of (label, confidence, box (x0, y0, x1, y1), mask image).
-
-    The confidence is the class probability times the mean probability inside the mask, as in the public protocol.
-    """
-    model, processor = detector
-    pixels = processor(images=images, return_tensors="pt").pixel_values.to(model.device)
-    output = model(pixels)
-    found = []
-    for logits, masks in zip(output.class_queries_logits, output.masks_queries_logits):
-        probabilities = logits.softmax(-1)[:, :-1].flatten()  # [queries * labels], the last label being "no object"
-        confidences, indices = probabilities.topk(min(100, len(probabilities)))
-        found.append([])
-        for index in indices[confidences > 0.3].tolist():  # the mask can only lower it
-            query, label = divmod(index, logits.shape[1] - 1)
-            mask = F.interpolate(masks[None, None, query], pixels.shape[-2:], mode="bilinear")
-            mask = F.interpolate(mask, images[0].size[::-1], mode="bilinear")[0, 0]
-            inside = Image.fromarray((mask > 0).cpu().numpy())
-            if inside.getbbox():
-                confidence = float(probabilities[index] * mask[mask > 0].sigmoid().mean())
-                found[-1].append((model.config.id2label[label], confidence, inside.getbbox(), inside))
-    return found
-
-
-def load_geneval(paths, device, exact=True):
-    """GenEval by Mask2Former and CLIP: the reward is score_geneval's partial score, 1.0 if and only if all is right."""
-    detector, clip = load_detector(paths["detector"], device), Clip(paths["clip"], device)
-
-    @lru_cache(None)
-    def color_embeddings(name):  # the public protocol's three captions a color: [10, D]
-        captions = [caption for color in COLORS for caption in (
-            f"a photo of a {color} {name}", f"a photo of a {color}-colored {name}", f"a photo of a {color} object")]
-        return F.normalize(clip.embed("text", captions).view(len(COLORS), 3, -1).mean(1), dim=-1)
-
-    def colors_of(image, objects):  # cut out by their boxes, grey where their masks are not
-        grey = Image.new("RGB", image.size, "#999")
-        crops = [Image.composite(image, grey, mask).crop(box) for _, _, box, mask in objects]
-        embeddings = clip.embed("images", crops) if crops else []
-        return [COLORS[int((color_embeddings(d[0]) @ e).argmax())] for d, e in zip(objects, embeddings)]
-
-    def check(prompt, fields):
-        if not fields.get("include"):
-            raise ValueError("it has no field 'include'; give a .jsonl of GenEval's form")
-        for i, wanted in enumerate([*fields["include"], *fields.get("exclude", [])]):
-            relation, target = wanted.get("position", ("above", 0))
-            if not (wanted["class"] in detector[0].config.id2label.values() and wanted["count"] >= 1
-                    and wanted.get("color", "red") in COLORS and relation in RELATIONS
-                    and ("position" not in wanted or target in range(i))):
-                raise ValueError(f"it asks for {brief(wanted)}, a class, count, color or position that is not known")
-
-    def geneval(images, prompts, metadata):
-        found = (objects for batch in batches(images) for objects in detect_objects(detector, batch))
-        scores = []
-        for image, fields, objects in zip(images, metadata, found):
-            classes = {wanted["class"] for wanted in fields["include"] if "color" in wanted}
-            colored = [d for name in classes for d in geneval_objects(fields, objects, name)]
-            colors = dict(zip(map(id, colored), colors_of(image, colored)))
-            scores.append(score_geneval(fields, [(*d[:3], colors.get(id(d))) for d in objects], exact))
-        return torch.tensor(scores)
-
-    geneval.check, geneval.strict = check, True
-    return geneval
-
-
-# ------------------------------------------------------------------------------------------------
-# OCR: how much of the quoted text can be read, by PP-OCRv5
-# ------------------------------------------------------------------------------------------------
-# PP-OCRv5 and not GOT-OCR2, the other reader in transformers: it is a tenth of the size, reads all lines of a batch at
-# once instead of token by token, and is the successor of what the authors used.  transformers' image processors for it
-# want torchvision and opencv, so what they do stands here.  Boxes are upright: slanted lines are read less well.
-
-
-def wanted_text(prompt, fields):
-    """What an image should say: the field `text` of its metadata, or the first part of the prompt in double quotes,
-    straight or curly (the first as in the authors' code).  Raises ValueError if there is neither."""
-    quoted = re.search(r'"([^"]+)"|“([^”]+)”', prompt)
-    text = str(fields.get("text") or (quoted and (quoted[1] or quoted[2])) or "")
-    if not text.strip():
-        raise ValueError("it has no text in double quotes, nor a field 'text'")
-    return text
-
-
-def ocr_score(read, wanted):
-    """1 - edit distance / length of the wanted text, in [0, 1], whatever the case, spaces and Unicode form.
-
-    As in Flow-GRPO's code, text that contains all that is wanted is perfect, whatever else there is to read.
-    """
-    read, wanted = ("".join(unicodedata.normalize("NFC", text.lower()).split()) for text in (read, wanted))
-    if wanted in read:
-        return 1.0
-    distances = list(range(len(wanted) + 1))   # of what has been read so far to each beginning of what is wanted
-    for i, letter in enumerate(read, 1):
-        before, distances = distances, [i]
-        for j, other in enumerate(wanted, 1):
-            distances.append(min(before[j] + 1, distances[-1] + 1, before[j - 1] + (letter != other)))
-    return 1 - min(distances[-1], len(wanted)) / len(wanted)
-
-
-def text_boxes(probability):
-    """Lines of text in a detector's map [H, W]: boxes (x0, y0, x1, y1) in its pixels, in reading order.
-
-    DB (arXiv 1911.08947) with PP-OCR's numbers: regions above 0.3 with a mean of 0.6 or more and sides of 3 or more,
-    grown by 1.5 area / perimeter as the map shows text shrunken by that much.
-    """
-    foreground = probability > 0.3
-    regions, order = connected_components(foreground[None])[0][foreground].cpu().sort()
-    areas = regions.unique_consecutive(return_counts=True)[1].tolist()
-    pixels = (*foreground.nonzero().T.cpu(), probability[foreground].cpu())
-    boxes, lines = [], []
-    for y, x, certainty in zip(*(values[order].split(areas) for values in pixels)):
-        (x0, x1), (y0, y1) = ((int(side.min()), int(side.max()) + 1) for side in (x, y))
-        w, h = x1 - x0, y1 - y0
-        if min(w, h) >= 3 and certainty.mean() >= 0.6:
-            grow = 1.5 * w * h / (2 * (w + h))
-            right, foot = min(x1 + grow, probability.shape[1]), min(y1 + grow, probability.shape[0])
-            boxes.append((max(x0 - grow, 0), max(y0 - grow, 0), right, foot))
-    for box in sorted(boxes, key=lambda box: box[1]):
-        if not lines or (box[1] + box[3]) / 2 >= lines[-1][0][3]:  # its middle lies below the line's first box
-            lines.append([])
-        lines[-1].append(box)
-    return [box for line in lines for box in sorted(line)]
-
-
-def read_ctc(probabilities, characters):
-    """Greedy CTC, class 0 being the blank: [T, C] -> text, "" if its mean confidence is under PP-OCR's 0.5."""
-    confidence, index = probabilities.max(-1)
-    kept = (index != 0) & (index != F.pad(index[:-1], (1, 0)))
-    sure = bool(kept.any()) and confidence[kept].mean() >= 0.5
-    return "".join(characters[i] for i in index[kept].tolist()) if sure else ""
-
-
-def rgb_tensor(images):
-    """RGB images of one size -> float32 [B, 3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
-
-
-def cut_lines(detector, images):
-    """RGB images of one size -> for each a list of its lines of text, as images, in reading order."""
-    width, height = images[0].size
-    scale = min(1, 960 / max(width, height))
-    w, h = (max(32, 32 * round(int(side * scale) / 32)) for side in (width, height))
-    pixels = rgb_tensor([image.resize((w, h), Image.Resampling.BILINEAR) for image in images]).flip(1)
-    # It was trained on BGR images, but with ImageNet's mean and deviation of R, G and B in that order.
-    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
-    pixels = (pixels - mean) / deviation
-    maps = detector(pixel_values=pixels.to(detector.device, detector.dtype)).last_hidden_state[:, 0].float()
-    lines = []
-    for image, probability in zip(images, maps):
-        crops = [image.crop([round(edge * of / to) for edge, of, to in zip(box, 2 * (width, height), 2 * (w, h))])
-                 for box in text_boxes(probability)]
-        lines.append([c.transpose(Image.Transpose.ROTATE_90) if c.height >= 1.5 * c.width else c for c in crops])
-    return lines
-
-
-def read_lines(recognizer, characters, crops):
-    """The text of each crop, seen 48 high and padded to the next multiple of 320 in width, whatever else is read."""
-    widths = [min(3200, math.ceil(48 * crop.width / crop.height)) for crop in crops]
-    texts = [""] * len(crops)
-    for padded in range(320, 3201, 320):
-        for rows in batches([i for i, width in enumerate(widths) if padded - 320 < width <= padded]):
-            lines = [crops[i].resize((widths[i], 48), Image.Resampling.BILINEAR) for i in rows]
-            pixels = torch.cat([F.pad(2 * rgb_tensor([line]) - 1, (0, padded - line.width)) for line in lines])
-            output = recognizer(pixel_values=pixels.to(recognizer.device, recognizer.dtype)).last_hidden_state
-            for i, probabilities in zip(rows, output.float().cpu()):
-                texts[i] = read_ctc(probabilities, characters)
-    return texts
-
-
-def load_ocr(paths, device):
-    """How much of the quoted text is read in the image, in [0, 1]: ocr_score of all lines in reading order."""
-    import transformers
-    detector = load_pretrained(transformers.AutoModelForObjectDetection, paths["detector"], device)
-    recognizer = load_pretrained(transformers.AutoModelForTextRecognition, paths["recognizer"], device)
-    settings, _ = transformers.BaseImageProcessor.get_image_processor_dict(paths["recognizer"])
-
-    def ocr(images, prompts, metadata):
-        lines = [lines for batch in batches(images) for lines in cut_lines(detector, batch)]
-        texts = iter(read_lines(recognizer, settings["character_list"], list(itertools.chain(*lines))))
-        read = ["".join(itertools.islice(texts, len(of_image))) for of_image in lines]
-        return torch.tensor([ocr_score(text, wanted_text(*row)) for text, *row in zip(read, prompts, metadata)])
-
-    ocr.check = wanted_text
-    return ocr
-
-
-# ------------------------------------------------------------------------------------------------
 # A vision-language model as a judge
 # ------------------------------------------------------------------------------------------------
 # Of the judges in the papers two cannot run here: transformers has neither ImageReward's head on BLIP, in a checkpoint
@@ -598,8 +320,8 @@ def load_vlm(paths, device):
 CLIP_L = "openai/clip-vit-large-patch14"
 GENEVAL = {"detector": "facebook/mask2former-swin-small-coco-instance", "clip": CLIP_L}
 
-# Reward -> (its loader, a function of {part: folder or hub id} and the device; {part: default hub id}).  `reward=PATH`
-# is where the part "." is, the model itself; the parts of a reward without it are then in the subfolders PATH/part.
+# Reward -> (its loader, or FILE:ITS LOADER, a function of {part: folder or hub id} and the device; {part: default hub
+# id}).  `reward=PATH` is where the part "." is, the model itself; without that part, PATH/part is where each part is.
 REWARDS = {
     "jpeg_compressibility": (lambda paths, device: partial(jpeg_size, sign=-1), {}),
     "jpeg_incompressibility": (lambda paths, device: partial(jpeg_size, sign=1), {}),
@@ -607,10 +329,10 @@ REWARDS = {
                   {".": "yuvalkirstain/PickScore_v1", "processor": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}),
     "clipscore": (load_clipscore, {".": CLIP_L}),
     "aesthetic": (load_aesthetic, {".": CLIP_L, "head": "trl-lib/ddpo-aesthetic-predictor"}),
-    "geneval": (load_geneval, GENEVAL),
-    "geneval_accuracy": (partial(load_geneval, exact=False), GENEVAL),
-    "ocr": (load_ocr, {"detector": "PaddlePaddle/PP-OCRv5_server_det_safetensors",
-                       "recognizer": "PaddlePaddle/PP-OCRv5_server_rec_safetensors"}),
+    "geneval": ("adapters/geneval.py:load_geneval", GENEVAL),
+    "geneval_accuracy": ("adapters/geneval.py:load_geneval_accuracy", GENEVAL),
+    "ocr": ("adapters/ocr.py:load_ocr", {"detector": "PaddlePaddle/PP-OCRv5_server_det_safetensors",
+                                         "recognizer": "PaddlePaddle/PP-OCRv5_server_rec_safetensors"}),
     "vlm": (load_vlm, {".": "Qwen/Qwen2.5-VL-7B-Instruct"}),
 }
 # The embedded world's come in by the door of a user's own.
@@ -685,7 +407,7 @@ def load_function(name, device):
                     raise UserError(f"the reward {name!r}: there is no folder {path} with {parts[part]}'s files")
         where = f" from {' and '.join(paths.values())} ({base}=FOLDER takes a folder)" if parts else ""
         with blame(f"the reward {base!r} cannot be loaded{where}"):
-            return load(paths, device)
+            return (import_function(f"{HERE}/{load}") if isinstance(load, str) else load)(paths, device)
     if not (name in FILES or name.rpartition(":")[0].endswith(".py")):
         raise UserError(f"unknown reward {name!r}; known: {', '.join([*FILES, *REWARDS])}, or path/to/file.py:function")
     with blame(f"the reward {name!r} cannot be loaded"), undisturbed():
@@ -700,7 +422,7 @@ def load_reward(spec, device="cpu"):
     returns float32 [B] on the CPU.  Its attributes: `terms`, the same for each term by itself (a dict, unweighted), and
     `total`, which weighs and adds such a dict of any shape in float64; `check(row)` raises UserError for a row that a
     term cannot score and returns {"tag": its category} if one knows it; `strict` says whether 1.0 means "all right".
-    Raises UserError at once for what cannot be loaded; when called, for a term that raises or returns no B finite numbers.
+    Raises UserError at once for what cannot be loaded; when called, for what raises or returns no B finite numbers.
     """
     def short(text):
         return re.sub("[^,=]*/", "", text)   # without folders

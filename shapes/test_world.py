@@ -12,7 +12,8 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from rewards import connected_components, load_reward  # noqa: E402
+from adapters.ocr import connected_components  # noqa: E402
+from rewards import load_reward  # noqa: E402
 from shapes import train_taste, world  # noqa: E402
 
 

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rewards import RELATIONS, connected_components, load_pretrained, ocr_score, wanted_text
+from adapters.geneval import RELATIONS
+from adapters.ocr import connected_components, ocr_score, wanted_text
+from rewards import load_pretrained
 
 VAE = Path(__file__).resolve().parent / "model/vae"
 
