@@ -139,5 +139,8 @@ def sde_rollouts_step(model, optimizer, reward, rows, step, config):
                                     generator)
     rewards = reward(images, prompts, repeated).view(P, G)                                         # [P, G]
     advantages = group_advantages(rewards, config.advantage_std).to(model.device)
-    return {"reward_mean": rewards.mean().item(),
-            **update(model, optimizer, states[-1].unflatten(0, (P, G)), prompts[::G], advantages, config, step)}
+    sums = update(model, optimizer, states[-1].unflatten(0, (P, G)), prompts[::G], advantages,
+                  [seeded(config.seed, "update", step, i) for i in range(P)], step * config.updates_per_rollout, config)
+    rows_trained_on = max(1, (advantages != 0).any(1).sum().item() * config.timesteps_per_rollout)
+    return {"reward_mean": rewards.mean().item(), "gradient_norm": sums.pop("gradient_norm"),
+            **{name: value / rows_trained_on for name, value in sums.items()}}

@@ -27,25 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import baselines, flow_grpo  # noqa: E402
-from dgpo import (  # noqa: E402
-    EMBEDDED_MODEL,
-    PAPER,
-    UserError,
-    adamw,
-    evaluate,
-    load_model,
-    load_prompts,
-    picture_rows,
-    rows_of_step,
-    summarize,
-    train_step,
-)
-from rewards import load_reward  # noqa: E402
+from dgpo import EMBEDDED_MODEL, PAPER, evaluate, load_model, rows_of_step, summarize, train_step  # noqa: E402
+from rewards import UserError, load_prompts, load_reward  # noqa: E402
 from shapes.world import kernel_closeness, rendered_features, vae_features  # noqa: E402
 
 LEVELS = (0.6, 0.7, 0.8, 0.85, 0.9)   # scores whose price the table gives
@@ -104,7 +93,7 @@ TASKS = {
     "taste": ("prompts.txt", "heldout.txt", (TASTE, "shapes"),
               ("flow_grpo_fast", "dgpo" + GUIDED, "dgpo", "dgpo:t_min=0")),
 }
-PICTURED = 6   # prompts of each task in the figure
+PICTURED, TILE = 6, 96   # prompts of each task in the figure, and a picture's side there
 
 # ------------------------------------------------------------------------------------------------
 # Picture quality, which no reward here sees
@@ -151,6 +140,11 @@ def parse_method(spec, seed, common):
     return step, config
 
 
+def adamw(model, config):
+    """dgpo.train's optimizer."""
+    return torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate, weight_decay=1e-4)
+
+
 class Run:
     """One method with one seed, from the base model on."""
 
@@ -171,14 +165,17 @@ class Run:
         self.counting, start = True, time.process_time()
         torch.manual_seed(self.config.seed * 10 ** 6 + self.step)   # for rules that draw noise of their own
         self.metrics.append(self.train_step(
-            self.model, self.optimizer, next(iter(self.rewards.values())),
-            rows_of_step(self.rows, self.step, self.config), self.step, self.config))
+            self.model, self.optimizer, next(iter(self.rewards.values())), self.rows_of_step(), self.step, self.config))
         self.seconds += time.process_time() - start
         self.step, self.counting = self.step + 1, False
 
+    def rows_of_step(self):
+        """The prompts of the next step."""
+        return rows_of_step(self.rows, self.step, self.config)
+
     def evaluate(self, policy="ema"):
         """One line of the results."""
-        scores, images = evaluate(self.model, self.rewards, self.held_out, self.config, policy)
+        scores, images = evaluate(self.model, self.rewards, self.held_out, self.config, policy, len(self.held_out))
         summary = summarize(next(iter(scores.values())), self.held_out)
         self.images = images[:PICTURED * self.config.eval_images:self.config.eval_images]
         # Of training: means since the line before, to see what a setting does.
@@ -201,20 +198,20 @@ def read_lines(path):
     return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
 
 
-def task_prompts(task, limit):
+def task_prompts(task, limit, reward):
     """The training rows of a task and its first `limit` held-out ones, None for all."""
     prompts, held_out, *_ = TASKS[task]
-    return load_prompts(ROOT / "shapes" / prompts), load_prompts(ROOT / "shapes" / held_out)[:limit]
+    return load_prompts(ROOT / "shapes" / prompts, reward), load_prompts(ROOT / "shapes" / held_out, reward)[:limit]
 
 
 def measure(specs, task, path, seed, budget, evaluations, limit, common):
     """Give every method `budget` seconds of training, in turn, and write an evaluation a line.
 
-    limit: how many held-out prompts, None for all.  Returns the pictures of the first six under the base model and
-    under every method, from the same noise: a PIL image.
+    limit: how many held-out prompts, None for all.  Returns the pictures of the first six, a row each, under the base
+    model and under every method, from the same noise: a PIL image.
     """
-    rows, held_out = task_prompts(task, limit)
     rewards = {name: load_reward(name) for name in TASKS[task][2]}
+    rows, held_out = task_prompts(task, limit, next(iter(rewards.values())))
     runs = [Run(spec, seed, rows, held_out, rewards, common) for spec in specs]
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in read_lines(path) if line["method"] not in specs]
@@ -237,8 +234,8 @@ def measure(specs, task, path, seed, budget, evaluations, limit, common):
                       f"score {line['score']:.3f}  distance {line['distance']:.4f}  "
                       f"diversity {line['diversity']:.2f}", flush=True)
     pictures += [run.images for run in runs]
-    captions = [row["prompt"] for row in held_out[:PICTURED]]
-    return picture_rows([image for row in zip(*pictures) for image in row], captions)
+    tiles = [image.resize((TILE, TILE), Image.Resampling.NEAREST) for row in zip(*pictures) for image in row]
+    return make_image_grid(tiles, len(tiles) // len(pictures), len(pictures))
 
 
 def measured(path, specs, budget):

@@ -1,18 +1,17 @@
 r"""Kill a run at random moments and resume it until it is done: is it, bit for bit, the run that was never touched?
 
     python benchmarks/kill.py --kills 50                 # SIGKILL
-    python benchmarks/kill.py --kills 50 --damage        # and every other time the newest checkpoint is damaged as well
+    python benchmarks/kill.py --kills 50 --damage        # and every other time its checkpoint is cut off as well
     python benchmarks/kill.py --kills 50 --processes 2   # the same through torchrun, whose processes all die at once
 
 A run is the embedded job made small, of `--steps` steps of well under a second.  Half of the kills strike before a
-(re)started run has logged its first line, the others after.  Damage is, in turn, an end cut off and a bit changed
-anywhere in the file.  As many runs are made as the kills need; each is compared with the calm one: metrics.jsonl
-without its times, the exported LoRA, the last checkpoint's tensors and the pictures.  Prints a row of a Markdown table.
-Linux only.
+(re)started run has logged its first line, the others after.  A checkpoint that was cut off must be refused in a
+sentence, and the whole one is put back; no kill leaves such a file.  As many runs are made as the kills need; each is
+compared with the calm one: metrics.jsonl without its times, the exported LoRAs, the last checkpoint's tensors and the
+pictures.  Prints a row of a Markdown table.  Linux only.
 """
 
 import argparse
-import io
 import json
 import os
 import random
@@ -67,31 +66,38 @@ def lines(folder):
             for line in whole.splitlines()]
 
 
-def checkpoints(folder):
-    return sorted((folder / "checkpoints").glob("*.pt"))
+def load(folder):
+    """What the checkpoint of a run's folder holds; {} if there is none yet."""
+    path = folder / "checkpoint.pt"
+    return torch.load(path, weights_only=True) if path.exists() else {}
 
 
-def damage(path, cut, rng):
-    """Cut the end off, or change one bit."""
-    content = bytearray(path.read_bytes())
-    place = rng.randrange(len(content))
-    if cut:
-        content = content[:place]
-    else:
-        content[place] ^= 1 << rng.randrange(8)
+def refused(folder, steps, processes, rng):
+    """Whether a run whose checkpoint is cut off anywhere is refused in a sentence; it is whole again afterwards."""
+    path, log = folder / "checkpoint.pt", Path(f"{folder}.log")
+    content, before = path.read_bytes(), log.stat().st_size
+    path.write_bytes(content[:rng.randrange(len(content))])
+    code = start(folder, steps, processes, True).wait()
     path.write_bytes(content)
+    said = log.read_bytes()[before:]
+    return code != 0 and b"dgpo.py: error: " in said and b"cannot be used; --lora " in said
+
+
+def tensors(checkpoint):
+    """dict name -> tensor of a checkpoint's LoRA and of AdamW's state."""
+    moments = {f"{i} {name}": t for i, state in checkpoint["optimizer"]["state"].items() for name, t in state.items()}
+    return {**checkpoint["lora"], **moments}
 
 
 def difference(folder, calm):
     """What of a finished run differs from the calm one: a list of names."""
     found = [] if lines(folder) == lines(calm) else ["metrics.jsonl"]
-    # Behind its checksum, what a checkpoint holds: the policies' tensors (and metrics, whose times differ).
-    ours, theirs = (torch.load(io.BytesIO(checkpoints(f)[-1].read_bytes()[32:]), weights_only=True)["policies"]
-                    for f in (folder, calm))
-    if not all(torch.equal(a, b) for policy in theirs for a, b in zip(ours[policy], theirs[policy], strict=True)):
+    # A checkpoint holds the policies' tensors and the optimizer's (and metrics, whose times differ).
+    ours, theirs = (tensors(load(f)) for f in (folder, calm))
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
         found.append("checkpoint")
-    names = {str(p.relative_to(f)) for f in (folder, calm) for p in f.rglob("*.png")} | {
-        "lora/pytorch_lora_weights.safetensors"}
+    names = {str(path.relative_to(f)) for f in (folder, calm) for pattern in ("*.png", "*.safetensors")
+             for path in f.rglob(pattern)}
     return found + [name for name in sorted(names) if not (folder / name).exists() or not (calm / name).exists()
                     or (folder / name).read_bytes() != (calm / name).read_bytes()]
 
@@ -106,7 +112,7 @@ def main():
     parser.add_argument("--steps", type=int, default=30, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rng, count = random.Random(arguments.seed), {"runs": 0, "kills": 0, "cut": 0, "flipped": 0, "redone": 0}
+    rng, count = random.Random(arguments.seed), {"runs": 0, "kills": 0, "cut": 0, "refused": 0, "redone": 0}
     with tempfile.TemporaryDirectory() as place:
         calm = Path(place) / "calm"
         began, first = time.monotonic(), None
@@ -119,7 +125,7 @@ def main():
             sys.exit(Path(f"{calm}.log").read_text())
         differing = []
         while count["kills"] < arguments.kills:
-            folder, damaged = Path(place) / f"run{count['runs']}", {}
+            folder = Path(place) / f"run{count['runs']}"
             while True:
                 process = start(folder, arguments.steps, arguments.processes, (folder / "config.json").exists())
                 delay = rng.uniform(0, 2 * first) if count["kills"] < arguments.kills else None
@@ -132,22 +138,20 @@ def main():
                 if process.returncode != -signal.SIGKILL:
                     sys.exit(Path(f"{folder}.log").read_text())
                 count["kills"] += 1
-                whole = [path for path in checkpoints(folder) if damaged.get(path) != path.stat().st_mtime_ns]
-                if arguments.damage and len(whole) > 1 and rng.random() < 0.5:
-                    kind = "cut" if count["cut"] <= count["flipped"] else "flipped"
-                    damage(whole[-1], kind == "cut", rng)
-                    count[kind] += 1
-                    damaged[whole[-1]] = whole.pop().stat().st_mtime_ns
-                logged = [line["step"] for line in lines(folder)]
-                count["redone"] += max(logged, default=0) - (int(whole[-1].stem) if whole else 0)
+                logged, saved = ([line["step"] for line in found] for found in (
+                    lines(folder), load(folder).get("lines", [])))
+                if arguments.damage and saved and rng.random() < 0.5:
+                    count["cut"] += 1
+                    count["refused"] += refused(folder, arguments.steps, arguments.processes, rng)
+                count["redone"] += max(logged, default=0) - max(saved, default=0)
             differing += [f"run {count['runs']}: {name}" for name in difference(folder, calm)]
             count["runs"] += 1
     columns = {"processes": arguments.processes, "runs of steps": f"{count['runs']} of {arguments.steps}",
-               "SIGKILL": count["kills"], "checkpoints cut off": count["cut"], "with a bit changed": count["flipped"],
+               "SIGKILL": count["kills"], "checkpoints cut off": count["cut"], "of them refused": count["refused"],
                "steps done twice": count["redone"], "what was lost": ", ".join(differing) or "nothing"}
     for row in (columns, ["---"] * len(columns), columns.values()):
         print("| " + " | ".join(map(str, row)) + " |")
-    sys.exit(bool(differing))
+    sys.exit(bool(differing) or count["cut"] != count["refused"])
 
 
 if __name__ == "__main__":

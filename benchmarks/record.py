@@ -44,10 +44,11 @@ def reached(curve, level):
     return next((a[0] for a, b in zip(curve, curve[1:]) if min(a[1], b[1]) >= level), None)
 
 
-def measure(spec, seed, steps, every, limit=None):
-    """Train one run and evaluate it every so many steps: what record.jsonl says of it."""
-    rows, held_out = task_prompts("composition", limit)
-    run = Run(spec, seed, rows, held_out, {"shapes": load_reward("shapes")}, {})
+def measure(spec, seed, steps, every, limit=None, kind=Run):
+    """Train one run, a `kind`, and evaluate it every so many steps: what record.jsonl says of it."""
+    reward = load_reward("shapes")
+    rows, held_out = task_prompts("composition", limit, reward)
+    run = kind(spec, seed, rows, held_out, {"shapes": reward}, {})
     texts = [row["prompt"] for row in held_out]
     bare, lines = [bare_forwards(run.model, texts)], [run.evaluate("frozen")]
     while run.step < steps:

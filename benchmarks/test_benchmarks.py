@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -12,25 +13,65 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import baselines, claims, flow_grpo, record, throughput  # noqa: E402
+from benchmarks import baselines, claims, flow_grpo, record, throughput, trials  # noqa: E402
 from dgpo import (  # noqa: E402
+    EMBEDDED_MODEL,
+    Config,
     accumulate_gradients,
-    load_prompts,
+    group_advantages,
+    load_model,
     ode_sigmas,
     parse_arguments,
     sample_ode,
     seeded,
 )
-from rewards import load_reward  # noqa: E402
-from test_dgpo import PROMPTS, adamw, needs, randomize, sd3, seed, update_inputs  # noqa: E402
+from rewards import load_prompts, load_reward  # noqa: E402
 
 torch.set_num_threads(1)
+
+PROMPTS = ["a red circle", "three squares", "a star left of a ring", "a green cross and a blue triangle"]
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+def sd3(**settings):
+    """The embedded model, freshly loaded and with PROMPTS encoded, and the settings it was loaded with."""
+    config = Config(**{"model": str(EMBEDDED_MODEL), "device": "cpu", "lora_rank": 4, **settings})
+    model = load_model(config)
+    model.encode(PROMPTS)
+    return model, config
+
+
+def randomize(model, policy, scale, number):
+    """Give a policy LoRA weights that matter; fresh ones are the identity, which would hide almost any mistake."""
+    generator = seed(number)
+    with torch.no_grad():
+        for t in model.lora.weights(policy):
+            t.copy_(scale * torch.randn(t.shape, generator=generator))
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.lora.weights("current"), lr=1e-3)
+
+
+def update_inputs(model, groups=2, size=5):
+    """Latents [P, G, C, H, W], prompts and advantages [P, G] to train on; any latents will do."""
+    x0 = torch.randn(groups, size, *model.latent_shape, generator=seed(10))
+    return x0, PROMPTS[:groups], group_advantages(torch.rand(groups, size, generator=seed(11)))
+
+
+def needs(package):
+    """Skip a test, and say so, where a test-only package is missing; README's command installs them all."""
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"pip install {package}")
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.7])
@@ -237,11 +278,11 @@ def test_the_old_policy_of_the_released_awm_stands_still_within_a_rollout_and_th
     before = [t.clone() for t in model.lora.weights("old")]
     rows, seen = [{"prompt": PROMPTS[0]}], []
 
-    def reward(images, prompts, rows):
+    def terms(images, prompts, rows):
         seen.append([t.detach().clone() for t in model.lora.weights("current")])
-        return torch.tensor([0.0, 0.5, 1.0])
+        return {"": torch.tensor([0.0, 0.5, 1.0])}
 
-    reward.strict = False
+    reward = SimpleNamespace(terms=terms, total=lambda terms: terms[""])
     baselines.awm_released_step(model, adamw(model), reward, rows, 99, config)
     current = model.lora.weights("current")
     assert any((now != then).any() for now, then in zip(current, seen[0]))
@@ -298,7 +339,7 @@ def test_the_comparison_measures_methods_and_draws_and_prints_them(tmp_path, cap
     small = dict(groups_per_step=2, group_size=3, num_inference_steps=3, timesteps_per_rollout=1, updates_per_rollout=1,
                  eval_num_inference_steps=2)
     monkeypatch.setitem(claims.METHODS, "dgpo", (claims.METHODS["dgpo"][0], small))
-    monkeypatch.setattr(claims, "load_prompts", lambda path: load_prompts(path)[:8])
+    monkeypatch.setattr(claims, "load_prompts", lambda *which: load_prompts(*which)[:8])
     flags = "".join(f":{name}={value}" for name, value in small.items())
     methods = ["dgpo", "flow_grpo" + flags]
     claims.main(["--budget", "0.01", "--methods", ",".join(methods), *few])
@@ -387,3 +428,67 @@ def test_the_record_is_the_time_to_a_score_that_is_kept_and_is_not_measured_twic
     lines = (tmp_path / "record.jsonl").read_text().splitlines()
     assert len(lines) == 1 and len(json.loads(lines[0])["curve"]) == 3 and json.loads(lines[0])["bare"] > 0
     assert capsys.readouterr().out.count(f"| `{method}` | 1 |") == 2
+
+
+SMALL = ":groups_per_step=2:group_size=3:num_inference_steps=2:eval_num_inference_steps=2:eval_images=2:lora_rank=2"
+
+
+def trial(name):
+    """A trial's run, made small, on the first held-out prompts."""
+    (spec, kind), reward = trials.TRIALS[name], load_reward("shapes")
+    rows = load_prompts(claims.ROOT / "shapes/heldout.txt", reward)[:40]
+    return kind(spec + SMALL, 0, rows, rows[:2], {"shapes": reward}, {})
+
+
+@pytest.mark.parametrize("name", trials.TRIALS)
+def test_every_trial_takes_steps(name, monkeypatch):
+    monkeypatch.setattr(trials, "KEPT", 2)
+    run = trial(name)
+    before = [t.detach().clone() for t in run.model.lora.weights("current")]
+    for _ in range(2):
+        run.advance()
+    assert all(math.isfinite(value) for value in run.metrics[-1].values())
+    assert any((now != then).any() for now, then in zip(run.model.lora.weights("current"), before))
+
+
+def test_a_merged_lora_gives_the_same_velocities_and_steps_as_one_beside_the_weights():
+    merged, beside = trial("merged"), trial("default")
+    for run in (merged, beside):
+        randomize(run.model, "current", 0.05, 95)
+        randomize(run.model, "old", 0.05, 96)
+        run.model.encode(PROMPTS)
+    x = torch.randn(4, *merged.model.latent_shape, generator=seed(97))
+    for policy in ("current", "old", "ema", "frozen", "current"):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                found = [run.model.velocity(x, 0.7, PROMPTS, policy) for run in (merged, beside)]
+            torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    for _ in range(2):
+        for run in (merged, beside):
+            run.advance()
+    for a, b in zip(merged.model.lora.weights("ema"), beside.model.lora.weights("ema")):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
+
+
+def test_the_extremes_of_a_group_are_trained_on_alone(monkeypatch):
+    monkeypatch.setattr(trials, "KEPT", 2)
+    model, config = sd3()
+    randomize(model, "current", 0.05, 80)
+    # Two of a group, standardised among themselves, have the advantages 1 and -1: that is Diffusion-DPO's pair.
+    assert_same_gradient(*(gradient_of(rule, model, config) for rule in (trials.extremes, baselines.diffusion_dpo)))
+
+
+def test_prompts_are_drawn_by_their_spread_and_by_their_categorys_failures():
+    spread, failing = trial("prompts by spread"), trial("failing categories")
+    assert len(set(spread.chances())) == len(set(failing.chances())) == 1   # nothing seen
+    tags, G = spread.tags, 3
+    first, other = 0, next(i for i, tag in enumerate(tags) if tag != tags[0])
+    rewards = {first: torch.tensor([0.0, 0.5, 1.0]), other: torch.ones(3)}
+    for run in (spread, failing):
+        reward = SimpleNamespace(terms=lambda *_: {"": torch.cat([*rewards.values()])}, total=lambda terms: terms[""])
+        prompts = [run.rows[i]["prompt"] for i in rewards for _ in range(G)]
+        run.watch(reward, [], prompts, [])
+        chances = run.chances()
+        assert chances[first] > chances[other] > 0
+        assert all(chance == chances[first] for chance, tag in zip(chances, tags) if tag == tags[0])
+    assert failing.chances()[first] == pytest.approx(2 / 3) and failing.chances()[other] == 0.05

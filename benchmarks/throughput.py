@@ -71,9 +71,8 @@ def random_model(preset, config, prompts):
         tokenizer_2=None, text_encoder_3=None, tokenizer_3=None)
     model = SD3(pipe, config)
     width, pooled = (preset["transformer"][f"{name}_dim"] for name in ("joint_attention", "pooled_projection"))
-    model.places = {p: i for i, p in enumerate(["", *prompts])}
-    model.texts = [torch.randn(len(model.places), *shape, dtype=model.dtype) for shape in (
-        (preset["tokens"], width), (pooled,))]
+    model.texts = {prompt: tuple(torch.randn(*shape, device=model.device, dtype=transformer.dtype) for shape in (
+        (preset["tokens"], width), (pooled,))) for prompt in ("", *prompts)}
     model.encode = lambda prompts: None   # there is nothing to encode with
     return model
 
@@ -121,10 +120,14 @@ def measure(preset, config, repeats):
     optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=1e-6)
     advantages = group_advantages(torch.rand(P, G)).to(model.device)
     rows, x0 = [{"prompt": prompt} for prompt in prompts], torch.randn(P, G, *model.latent_shape).to(model.device)
+
+    def generators():
+        return [seeded("throughput", i) for i in range(P)]
+
     parts = {
-        "rollout": lambda: rollout(model, rows, G, seeded("throughput"), config.num_inference_steps, "current", config),
+        "rollout": lambda: rollout(model, rows, G, generators(), config.num_inference_steps, "current", config),
         "bare_rollout": lambda: bare_rollout(model, repeated, config),
-        "update": lambda: update(model, optimizer, x0, prompts, advantages, config, step=0),
+        "update": lambda: update(model, optimizer, x0, prompts, advantages, generators(), 0, config),
         "bare_update": lambda: bare_update(model, repeated * config.timesteps_per_rollout, config)}
     times = {name: [] for name in parts}
     for repeat in range(repeats + 1):   # the first warms up: compiling, choosing kernels
