@@ -18,9 +18,7 @@ Reference: "Reinforcing Diffusion Models by Direct Group Preference Optimization
 
 Conventions, those of diffusers: x_t = (1 - sigma) x0 + sigma noise, velocity = noise - x0, sigma = 1 is noise and 0 is
 data.  Shapes at the right margin: P prompts (groups), G images a group, B = P*G, M timesteps a rollout, R (group,
-timestep) rows, [C, H, W] a latent.
-
-Departures from the paper and its authors' code:
+timestep) rows, [C, H, W] a latent.  Departures from the paper and its authors' code:
  1. Timesteps are drawn from the interval [shift(t_min), 1], one in each of M equal strata, anew for each group; theirs
     are M of the first points of the rollout's own grid, as integers, the same for all groups of a step.
  2. `--updates-per-rollout` may split the M timesteps over several optimizer steps (the authors take one).
@@ -58,14 +56,13 @@ from torch import nn
 from tqdm import tqdm
 
 try:
-    from rewards import UserError, absolute_paths, blame, brief, load_lora, load_pipeline, load_prompts, load_reward
+    from rewards import UserError, absolute_paths, blame, load_lora, load_pipeline, load_prompts, load_reward, report
 except ModuleNotFoundError as error:
     if error.name != "rewards":   # where this file was copied alone, its functions are what is wanted of it
         raise
 
 
 # ---- FLOW MATCHING: noise, time and the deterministic solvers (paper, section 2) -----------------------------------
-
 def add_noise(x0, noise, sigma):
     """The flow's straight path.  Tensors that broadcast -> (x_t, target velocity)."""
     return (1 - sigma) * x0 + sigma * noise, noise - x0
@@ -75,12 +72,9 @@ def shift_time(t, shift):
     return shift * t / (1 + (shift - 1) * t)
 
 def ode_sigmas(num_steps, shift, solver="euler"):
-    """The solver's noise levels, falling to 0: float32 [num_steps + 1].
-
-    "euler": FlowMatchEulerDiscreteScheduler's, from 1 to the shifted 1/1000 and then 0.  "dpm++2m": the flow sigmas of
-    DPMSolverMultistepScheduler, from the shifted 0.999 in equal steps (before the shift) to 0: after Euler's tiny last
-    step but one, a multistep method would extrapolate over a far longer one in lambda.
-    """
+    """The solver's noise levels, float32 [num_steps + 1], falling to 0: FlowMatchEulerDiscreteScheduler's, or the flow
+    sigmas of DPMSolverMultistepScheduler, from the shifted 0.999 in equal steps (before the shift): after Euler's tiny
+    last step but one, a multistep method would extrapolate over a far longer one in lambda."""
     if solver == "euler":
         grid = torch.linspace(1.0, shift_time(1 / 1000, shift), num_steps, dtype=torch.float64)
     else:
@@ -92,8 +86,7 @@ def sample_ode(velocity, noise, sigmas, solver="euler"):
 
     velocity: callable (x [B, ...], sigma a 0-d tensor) -> [B, ...]; noise: [B, ...] on any device; sigmas: [steps + 1],
     falling, on the CPU.  solver: "euler", or "dpm++2m", DPM-Solver++ for flows: second-order multistep on the data
-    prediction x0 = x - sigma v in lambda = log((1 - sigma) / sigma) (arXiv 2211.01095).  Both are deterministic.
-    """
+    prediction x0 = x - sigma v in lambda = log((1 - sigma) / sigma) (arXiv 2211.01095).  Both are deterministic."""
     x, last_x0, last_h = noise, None, None
     for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
         v = velocity(x, sigma)
@@ -112,21 +105,18 @@ def sample_ode(velocity, noise, sigmas, solver="euler"):
 def draw_timesteps(count, t_min, shift, generator=None):
     """Timesteps to train on, float32 [count] in [shift(t_min), 1]: one in each of `count` strata, in random order.
 
-    Below t_min an x_t shows the fine detail of a few-step sample, which is not to be imitated (paper, section 3.3).
-    """
+    Below t_min an x_t shows the fine detail of a few-step sample, which is not to be imitated (paper, section 3.3)."""
     strata = torch.randperm(count, generator=generator)
     u = (strata + torch.rand(count, generator=generator, dtype=torch.float32)) / count
     return shift_time(t_min + (1 - t_min) * u, shift)
 
 
 # ---- GROUP PREFERENCES: advantages (Eq. 12-14), loss (Eq. 17), clip ------------------------------------------------
-
 def group_advantages(rewards, std="group", max_advantage=5.0):
     """A = (r - mean) / std (Eq. 12): rewards [P, G] -> advantages [P, G], clamped to +-max_advantage.
 
     The mean is the group's; the (population) std the group's or, with std="batch", that of all rewards.  A group whose
-    rewards are all equal says nothing and gets exactly zero.  Computed in float64, as PickScores differ by little.
-    """
+    rewards are all equal says nothing and gets exactly zero.  In float64, as PickScores differ by little."""
     r = rewards.double()
     scale = r.std(correction=0) if std == "batch" else r.std(1, keepdim=True, correction=0)
     # The epsilon keeps rounding noise in nearly equal rewards from becoming advantages of order one.
@@ -134,28 +124,20 @@ def group_advantages(rewards, std="group", max_advantage=5.0):
     differ = r.amax(1, keepdim=True) > r.amin(1, keepdim=True)
     return (advantages * differ).to(torch.promote_types(rewards.dtype, torch.float32))
 
-def group_preference(error, ref_error, advantages, beta):
-    """S of Eq. 17, [P, G] each -> [P]: above 0 where the rejected images have gained on the preferred ones.
-
-    error, ref_error: the *mean* squared velocity errors of the current and the reference model.
-    """
-    return beta * (advantages * (error - ref_error)).mean(1)
-
 def dgpo_loss(error, ref_error, advantages, beta):
     """The DGPO objective -log sigmoid(-S) (Eq. 17), divided by beta: all [P, G] -> a scalar, the mean over groups.
 
-    The gradient flows through `error` alone.  For error_i of a group it is sigmoid(S) A_i / (G P): beta acts inside the
-    sigmoid only.  For G = 2 and advantages +1, -1 this is Diffusion-DPO with beta/2.
-    """
-    S = group_preference(error, ref_error.detach(), advantages.detach(), beta)                     # [P]
+    error, ref_error: *mean* squared velocity errors of the current and the reference model.  The gradient flows through
+    `error` alone; for error_i of a group it is sigmoid(S) A_i / (G P): beta acts inside the sigmoid only.  For G = 2
+    and advantages +1, -1 this is Diffusion-DPO with beta/2."""
+    S = beta * (advantages.detach() * (error - ref_error.detach())).mean(1)                        # [P]
     return -F.logsigmoid(-S).mean() / beta
 
 def clip_error(error, old_error, advantages, clip_range):
     """PPO-style clip, all [P, G]: (the same errors, without gradient where a sample moved far enough; where: bool).
 
     With ratio = exp(old_error - error): A > 0 at ratio > 1 + clip_range, A < 0 at ratio < 1 - clip_range.  The error of
-    a rejected sample can grow without bound, and would; values stay, so S keeps its meaning.
-    """
+    a rejected sample can grow without bound, and would; values stay, so S keeps its meaning."""
     ratio = torch.exp(old_error.detach() - error.detach())
     past = ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
     return torch.where(past, error.detach(), error), past
@@ -166,18 +148,11 @@ def mean_squared(difference):
 
 
 # ---- SETTINGS: this list is the command line -----------------------------------------------------------------------
-
 EMBEDDED_MODEL = Path(__file__).resolve().parent / "shapes/model"
-# The defaults for any other model: the authors' settings for SD3.5-M, as their code runs them.  A batch of 24 guided
-# images is 48 in the transformer; gradient checkpointing lets 24 samples be trained on in 24 GB.
-PAPER = dict(
-    dtype="bfloat16", reward="pickscore", steps=1000, groups_per_step=24, group_size=24, num_inference_steps=10,
-    guidance_scale=4.5, resolution=512, max_sequence_length=128, rollout_old_after=200, t_min=0.4,
-    updates_per_rollout=1, beta=100.0, old_decay=0.3, old_decay_ramp=1e-3, learning_rate=3e-4, lora_rank=64,
-    ema_decay=0.987, batch_size=24, gradient_checkpointing=True, eval_prompts=100, eval_num_inference_steps=14)
 
 def setting(default, help, low=1, high=10 ** 6, **more):
-    """A field of Config with its --help text.  low, high: of a number; more: choices, or the group that begins here."""
+    """A field of Config with its --help text.  low, high: of a number; more: its choices; the group it begins; `paper`,
+    the default for any model but the embedded one: that of the authors' code for SD3.5-M."""
     return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, **more))
 
 def flag(name):
@@ -190,45 +165,44 @@ class Config:
     prompt_file: str = setting("", "training prompts: .txt, one a line, or .jsonl with metadata", group="task")
     eval_prompt_file: str = setting("", "held-out prompts (default: NAME_heldout or heldout beside NAME, if there)")
     model: str = setting("", "folder in diffusers' format, or hub id (default: the embedded model)")
-    reward: str = setting("shapes", "NAME, NAME=FOLDER, file.py:function, or a sum NAME:weight,NAME:weight")
+    reward: str = setting("shapes", "NAME, NAME=FOLDER, file.py:function or NAME:weight,NAME:weight", paper="pickscore")
     eval_reward: str = setting("", "judges, which only watch: NAME,NAME (default: realism beside shapes and words)")
     lora: str = setting("", "LoRA to begin with, the reference too; with --steps 0 it is only drawn and scored")
     output_dir: str = setting("", "where everything is written (default: a new folder in runs/)")
     resume: str = setting("", "a run's folder: go on with it, with its own settings but those that are typed")
-    steps: int = setting(125, "training steps (one rollout of all groups each); 0: only evaluate", low=0)
+    steps: int = setting(125, "training steps (one rollout of all groups each); 0: only evaluate", paper=1000, low=0)
     seed: int = setting(0, "seed of LoRA, prompt order and noises", low=0)
-    device: str = setting("", "cpu, cuda, ... (default: cuda if there is one)")
-    dtype: str = setting("float32", "dtype of the frozen model", choices=("float32", "bfloat16"))
-    groups_per_step: int = setting(8, "P, prompts a step (paper: 24)", high=4096, group="rollout")
-    group_size: int = setting(12, "G, images a prompt (paper: 24)", low=2, high=4096)
-    num_inference_steps: int = setting(6, "solver steps of a rollout (paper: 10)", high=1000)
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, ...")
+    dtype: str = setting("float32", "dtype of the frozen model", paper="bfloat16", choices=("float32", "bfloat16"))
+    groups_per_step: int = setting(8, "P, prompts a step", paper=24, high=4096, group="rollout")
+    group_size: int = setting(12, "G, images a prompt", paper=24, low=2, high=4096)
+    num_inference_steps: int = setting(6, "solver steps of a rollout", paper=10, high=1000)
     solver: str = setting("dpm++2m", "ODE solver of rollouts and evaluation", choices=("euler", "dpm++2m"))
-    guidance_scale: float = setting(1.0, "guidance of rollouts and evaluation, up to 1: none (paper: 4.5)", low=0)
-    resolution: int = setting(0, "image side in pixels, 0: the model's own (paper: 512)", low=0, high=8192)
-    max_sequence_length: int = setting(1, "T5 tokens, or zeros for them; 0: the pipeline's own (paper: 128)", low=0)
-    rollout_old_after: int = setting(0, "updates until the old policy draws, 0: it never does (paper: 200)", low=0)
-    beta: float = setting(10.0, "how soon the sigmoid lets go of a group (paper: 10, 100)", low=1e-6, group="objective")
-    t_min: float = setting(0.3, "lowest timestep trained on, unshifted (paper, guided: 0.599 or 0.4)", low=0, high=0.99)
+    guidance_scale: float = setting(1.0, "guidance of rollouts and evaluation, up to 1: none", paper=4.5, low=0)
+    resolution: int = setting(0, "image side in pixels, 0: the model's own", paper=512, low=0, high=8192)
+    max_sequence_length: int = setting(1, "T5 tokens, or zeros for them; 0: the pipeline's own", paper=128, low=0)
+    rollout_old_after: int = setting(0, "updates until the old policy draws, 0: it never does", paper=200, low=0)
+    beta: float = setting(10.0, "how soon the sigmoid lets go of a group", paper=100.0, low=1e-6, group="objective")
+    t_min: float = setting(0.3, "lowest timestep trained on, unshifted", paper=0.4, low=0, high=0.99)
     timesteps_per_rollout: int = setting(4, "M, timesteps trained on for each group (paper: 4)", high=1000)
-    updates_per_rollout: int = setting(4, "optimizer steps the M timesteps are split over (paper: 1)", high=1000)
-    advantage_std: str = setting("group", "std of advantages: the group's, the batch's, or each term of a sum's first",
-                                 choices=("group", "batch", "terms"))
+    updates_per_rollout: int = setting(4, "optimizer steps the M timesteps are split over", paper=1, high=1000)
+    advantage_std: str = setting("group", "whose std, or of each term first", choices=("group", "batch", "terms"))
     clip_range: float = setting(0.01, "PPO-style clip of exp(old error - error), 0: none (paper: 1e-2)", low=0)
     kl_weight: float = setting(0.02, "weight of mean (v - v_frozen)^2 (paper: 2e-2)", low=0)
     reference: str = setting("frozen", "model whose error S compares with (paper: frozen)", choices=("frozen", "old"))
     reference_guidance_scale: float = setting(1.0, "guidance of the frozen model in S and KL (paper: 1)", low=0)
-    old_decay: float = setting(0.5, "EMA decay, an update, of the old policy (paper: 0.3)", low=0, high=1)
-    old_decay_ramp: float = setting(1.0, "... but at most this times the updates so far (paper: 0.001)", low=0)
-    learning_rate: float = setting(7e-4, "AdamW's learning rate (paper: 3e-4)", low=1e-12, group="optimisation")
-    lora_rank: int = setting(32, "LoRA rank; alpha is twice the rank (paper: 64)")
-    ema_decay: float = setting(0.98, "EMA decay, an update, of the exported weights (paper: .95-.99)", low=0, high=1)
-    batch_size: int = setting(96, "images drawn, and samples trained on, at once; changes memory alone")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory")
+    old_decay: float = setting(0.5, "EMA decay, an update, of the old policy", paper=0.3, low=0, high=1)
+    old_decay_ramp: float = setting(1.0, "... but at most this times the updates so far", paper=1e-3, low=0)
+    learning_rate: float = setting(7e-4, "AdamW's learning rate", paper=3e-4, low=1e-12, group="optimisation")
+    lora_rank: int = setting(32, "LoRA rank; alpha is twice the rank", paper=64)
+    ema_decay: float = setting(0.98, "EMA decay, an update, of the exported weights", paper=0.987, low=0, high=1)
+    batch_size: int = setting(96, "images drawn, and samples trained on, at once; changes memory alone", paper=24)
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory", paper=True)
     offload: bool = setting(False, "keep text encoders and VAE in main memory while they are not used")
     eval_every: int = setting(50, "steps between evaluations on held-out prompts", group="evaluation and saving")
-    eval_prompts: int = setting(144, "how many of the held-out prompts are used at most, 0: all", low=0)
+    eval_prompts: int = setting(144, "how many of the held-out prompts are used at most, 0: all", paper=100, low=0)
     eval_images: int = setting(4, "images a held-out prompt, from noises that stay the same", high=4096)
-    eval_num_inference_steps: int = setting(10, "solver steps of evaluation (paper: 14)", high=1000)
+    eval_num_inference_steps: int = setting(10, "solver steps of evaluation", paper=14, high=1000)
     save_every: int = setting(10, "steps between checkpoints: what any end of the program costs at most")
     track: str = setting("", "log to this package, too: wandb, trackio or swanlab")
 
@@ -241,9 +215,10 @@ class Config:
         if self.timesteps_per_rollout % self.updates_per_rollout:
             raise UserError("--updates-per-rollout must divide --timesteps-per-rollout")
 
+PAPER = {field.name: field.metadata["paper"] for field in dataclasses.fields(Config) if "paper" in field.metadata}
+
 
 # ---- ROLLOUT (Algorithm 1, lines 3-5) ------------------------------------------------------------------------------
-
 def seeded(*numbers):
     """A CPU generator that depends on the numbers alone: a group's own, whatever came before and whoever owns it."""
     return torch.Generator().manual_seed(random.Random(repr(numbers)).getrandbits(63))
@@ -255,10 +230,8 @@ def draw_noise(generators, *shape):
 
 @torch.no_grad()
 def rollout(model, rows, size, generators, num_steps, policy, config):
-    """`size` images for each of P rows: (x0 [P, size, C, H, W], and, as a reward wants them, images, prompts and rows).
-
-    rows: dicts with "prompt"; generators: a row each, of the noise to start from.
-    """
+    """`size` images for each of P rows, dicts with "prompt", whose noises come from a generator each:
+    (x0 [P, size, C, H, W], and, as a reward wants them, images, prompts and rows)."""
     repeated = [row for row in rows for _ in range(size)]                                          # B of them
     prompts, images = [row["prompt"] for row in repeated], []
     x = draw_noise(generators, size, *model.latent_shape).flatten(0, 1).to(model.device)           # [B, C, H, W]
@@ -268,21 +241,17 @@ def rollout(model, rows, size, generators, num_steps, policy, config):
         part = slice(i, i + config.batch_size)
         x[part] = sample_ode(lambda x, sigma: model.velocity(x, sigma, prompts[part], policy, config.guidance_scale),
                              x[part], sigmas, config.solver)
-        if not x[part].isfinite().all():
-            raise UserError("images are not finite: after training, that wants a new run with a lower --learning-rate")
         images += model.decode(x[part])
     return x.unflatten(0, (len(rows), size)), images, prompts, repeated
 
 
 # ---- UPDATE (Algorithm 1, lines 6-9) -------------------------------------------------------------------------------
-
 def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, total_rows):
     """Add the gradient of loss + KL over R rows, one row a group at one timestep, to the LoRA's .grad.
 
     x0: [R, G, C, H, W]; prompts: R strings; advantages: [R, G]; sigma: [R]; noise: [R, 1, C, H, W], shared by the group
     so that its samples differ in x0 alone and the noise cancels between preferred and rejected.  Means are taken over
-    `total_rows`, which counts the groups left out for want of signal.  Returns sums over rows: dict of floats.
-    """
+    `total_rows`, which counts the groups left out for want of signal.  Returns sums over rows: dict of floats."""
     R, G = advantages.shape
     x_t, target = add_noise(x0, noise, sigma.view(-1, *[1] * (x0.ndim - 1)))                       # [R, G, C, H, W]
     sums = dict.fromkeys(("loss", "kl", "clip_fraction", "group_weight"), 0.0)
@@ -307,7 +276,7 @@ def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, t
             # To the frozen model even where the reference of S moves: without an anchor, all errors drift upwards.
             kl = mean_squared(v - v_frozen).mean()
             ((loss + config.kl_weight * kl) * len(A) / total_rows).backward()
-        weight = group_preference(error, ref_error, A, config.beta).sigmoid()
+        weight = torch.sigmoid(config.beta * (A * (error - ref_error)).mean(1))   # of the group's gradient, sigmoid(S)
         for name, value in zip(sums, (loss, kl, past.float().mean(), weight.mean())):
             sums[name] += value.detach() * len(A)
     return {name: float(value) for name, value in sums.items()}   # read once: every reading waits for the GPU
@@ -328,9 +297,8 @@ def optimizer_step(model, optimizer, done, config):
 def update(model, optimizer, x0, prompts, advantages, generators, done, config, accumulate=accumulate_gradients):
     """All optimizer steps on one rollout, the run's `done + 1`-th and on.  Returns sums over rows: dict of floats.
 
-    x0: [P, G, C, H, W]; P prompts; advantages: [P, G]; P generators, of timesteps and noises.
-    `accumulate` is the update rule: benchmarks/baselines.py puts those of other methods in its place.
-    """
+    x0: [P, G, C, H, W]; P prompts; advantages: [P, G]; P generators, of timesteps and noises; accumulate: the update
+    rule, in whose place benchmarks/baselines.py puts those of other methods."""
     M, steps, sums, norm = config.timesteps_per_rollout, config.updates_per_rollout, {}, 0.0
     useful, m = (advantages != 0).any(1).nonzero()[:, 0].tolist(), M // steps   # groups with signal, m timesteps a step
     sigma = [draw_timesteps(M, config.t_min, model.shift, generators[g]) for g in useful]          # [M] each
@@ -348,47 +316,33 @@ def update(model, optimizer, x0, prompts, advantages, generators, done, config, 
 
 
 # ---- TRAIN (Algorithm 1) -------------------------------------------------------------------------------------------
-
 def rows_of_step(rows, step, config):
     """The P prompts of a step: one seeded permutation of the file after another, without a state to save."""
-    def place(i):
-        order = torch.randperm(len(rows), generator=seeded(config.seed, "order", i // len(rows)))
-        return order[i % len(rows)]
-
-    return [rows[place(step * config.groups_per_step + i)] for i in range(config.groups_per_step)]
+    places = [divmod(step * config.groups_per_step + i, len(rows)) for i in range(config.groups_per_step)]
+    return [rows[torch.randperm(len(rows), generator=seeded(config.seed, "order", epoch))[place]]
+            for epoch, place in places]
 
 def draw_and_score(model, judges, rows, size, seeds, num_steps, policy, config):
     """Draw `size` images for each of P rows and score them: (x0, images, dict name -> dict term -> scores [P, size]).
 
-    judges: dict name -> reward of rewards.load_reward; one that fails is left out for good, unless it is the first.
-    seeds: of the rows' noises.  Of many processes each draws for its own rows, and all get all scores.
-    """
+    judges: dict name -> reward of rewards.load_reward.  Of many processes each draws for its own rows alone, whose x0
+    and images it returns, and all get all scores."""
     mine = own(len(rows))
+    generators = [seeded(*seeds, i) for i in range(len(rows))][mine]
+    x0, *drawn = rollout(model, rows[mine], size, generators, num_steps, policy, config)
 
-    def share():
-        generators = [seeded(*seeds, i) for i in range(len(rows))][mine]
-        x0, *drawn = rollout(model, rows[mine], size, generators, num_steps, policy, config)
-        scores = {}
-        for name, reward in list(judges.items()):
-            try:
-                scores[name] = {term: score.view(-1, size) for term, score in reward.terms(*drawn).items()}
-            except UserError as error:
-                if name == next(iter(judges)):
-                    raise
-                print(f"a judge is left out: {error}")
-                del judges[name]
-        return x0, drawn[0], scores
+    def score():
+        if not x0.isfinite().all():
+            raise UserError("images are not finite: after training, that wants a new run with a lower --learning-rate")
+        return {name: {term: values.view(-1, size) for term, values in reward.terms(*drawn).items()}
+                for name, reward in judges.items()}
 
-    x0, images, scores = everywhere(share)
-    shares = gather(scores)
-    return x0, images, {name: {term: torch.cat([share[name][term] for share in shares]) for term in terms}
-                        for name, terms in scores.items() if all(name in share for share in shares)}
+    shares = gather(score)
+    return x0, drawn[0], {name: {term: torch.cat([share[name][term] for share in shares]) for term in terms}
+                          for name, terms in shares[0].items() if all(share[name] for share in shares)}
 
 def train_step(model, optimizer, reward, rows, step, config, accumulate=accumulate_gradients):
-    """One step of Algorithm 1 on P rows: rollout, rewards, advantages, update.  Returns the step's metrics.
-
-    Of many processes each draws and trains on its own groups, all see all rewards, and gradients are summed.
-    """
+    """One step of Algorithm 1 on P rows: rollout, rewards, advantages, update.  Returns the step's metrics."""
     start, mine, done = time.monotonic(), own(len(rows)), step * config.updates_per_rollout
     policy = "old" if 0 < config.rollout_old_after < done else "current"
     x0, _, scores = draw_and_score(model, {"": reward}, rows, config.group_size, (config.seed, "rollout", step),
@@ -402,7 +356,7 @@ def train_step(model, optimizer, reward, rows, step, config, accumulate=accumula
         generators = [seeded(config.seed, "update", step, i) for i in range(len(rows))][mine]
         sums = update(model, optimizer, x0, [row["prompt"] for row in rows[mine]], advantages[mine].to(model.device),
                       generators, done, config, accumulate)
-    shares, signal = gather(sums), (advantages != 0).any(1).double()                               # [P]
+    shares, signal = gather(lambda: sums), (advantages != 0).any(1).double()                       # [P]
     rows_trained_on = max(1.0, signal.sum().item() * config.timesteps_per_rollout)
     return {"reward_mean": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
             **{f"terms/{name}": score.double().mean().item() for name, score in terms.items() if len(terms) > 1},
@@ -413,10 +367,12 @@ def train_step(model, optimizer, reward, rows, step, config, accumulate=accumula
 
 def train(config):
     """Algorithm 1, with evaluations, checkpoints and a log.  A checkpoint means: step done, not yet evaluated."""
-    model, judges, rows, held_out = everywhere(lambda: prepare(config))
+    parts = []
+    gather(lambda: parts.extend(prepare(config)))
+    model, judges, rows, held_out = parts
     reward = next(iter(judges.values()))   # the one trained on; the others only watch
     optimizer = torch.optim.AdamW(model.lora.weights("current"), lr=config.learning_rate, weight_decay=1e-4)
-    run = everywhere(lambda: Run(config, model.lora, optimizer))
+    run = Run(config, model.lora, optimizer)
     before = after = evaluate(model, judges, held_out, config, "frozen" if config.steps else "base")
     for step in (bar := tqdm(range(run.done, config.steps), "dgpo", config.steps, initial=run.done, ncols=80)):
         if step % config.eval_every == 0:
@@ -430,11 +386,9 @@ def train(config):
     if run.done or config.lora:
         after = evaluate(model, judges, held_out, config, "ema")
     run.record(before, after, held_out)
-    print(comparison(before[0], after[0], held_out))
 
 
 # ---- POLICIES: one frozen model, and several sets of low-rank weights beside it ------------------------------------
-
 def add_lora(layer, inputs, output):
     """A forward hook: y = W x + (alpha / rank) up down x (arXiv 2106.09685), or W x where `layer.pair` is empty."""
     if not layer.pair:
@@ -447,8 +401,7 @@ class LoRA(nn.Module):
     """LoRA on a transformer's linear layers whose name ends with one of `targets`, a set of weights for each policy.
 
     "current" is trained; "old" follows it, for clip and rollouts; "ema" is its average, evaluated and exported.
-    "frozen" is the reference: the model alone, which is "base", or with the LoRA that the run began with.
-    """
+    "frozen" is the reference: the model alone ("base"), or with the LoRA that the run began with."""
     scale = 2.0   # alpha / rank
 
     def __init__(self, transformer, rank, targets, seed=0):
@@ -489,13 +442,12 @@ class LoRA(nn.Module):
 
     def load(self, path):
         """Let all policies begin with the LoRA in a file of diffusers or peft, or its folder.  Raises UserError."""
-        sizes = {name: (layer.in_features, layer.out_features) for name, layer in self.layers.items()}
         with blame(f"--lora {path} cannot be used"):
             pairs = load_lora(path)
-            for name in sizes.keys() | pairs.keys():
-                if name not in pairs or sizes.get(name) != (pairs[name][0].shape[1], len(pairs[name][1])):
-                    raise ValueError(f"{name} is not a layer of both, or of another size")
-        weights = [t for name in sizes for t in (pairs[name][0], pairs[name][1] / self.scale)]
+            if {name: (down.shape[1], len(up)) for name, (down, up) in pairs.items()} != {
+                    name: (layer.in_features, layer.out_features) for name, layer in self.layers.items()}:
+                raise ValueError("its layers are not this model's, or not all that are trained here")
+        weights = [t for name in self.layers for t in (pairs[name][0], pairs[name][1] / self.scale)]
         self.start(weights, "frozen", "current", "old", "ema")
 
     def export(self, folder, step):
@@ -510,13 +462,11 @@ class LoRA(nn.Module):
 #   encode(prompts)    get ready for these prompts and forget all others
 #   velocity(x, sigma, prompts, policy, guidance_scale)   x [B, ...], one sigma or [B], B prompts -> float32 like x
 #   decode(x0)         latents [B, ...] -> list of B PIL images
-#   latent_shape       of one image, without B
-# and it hands on `lora`, whose policies velocity chooses from, its `device` and the `shift` of its own schedule.
+# and `latent_shape` (an image's); it hands on `lora`, with velocity's policies, `device` and its schedule's `shift`.
 
 def load_model(config):
     """The model of --model, a folder (no hub is asked) or a hub id, ready for the loop.  Raises UserError."""
-    hint = "" if os.path.isdir(config.model) else (
-        " (for a hub id: accept the licence on its page, run `hf auth login`, check the network)")
+    hint = " (of a hub: accept its licence on its page, run `hf auth login`)" * (not os.path.isdir(config.model))
     with blame(f"--model {config.model} cannot be loaded{hint}"):
         pipe = load_pipeline(config.model, getattr(torch, config.dtype))
     with blame(f"--model {config.model}, a {type(pipe).__name__}, does not fit"):
@@ -552,8 +502,6 @@ class SD3:
     def encode(self, prompts):
         """Encode the prompts, and "" for guidance, and forget all others; what is too long is cut off."""
         prompts, self.texts = list(dict.fromkeys(["", *prompts])), {}
-        # In batches of one size: how a row is rounded depends on it, and a resumed run is to see the same embeddings.
-        prompts += [""] * (-len(prompts) % 16)
         self.encoders.to(self.device)
         for i in range(0, len(prompts), 16):
             tokens, _, pooled, _ = self.pipe.encode_prompt(
@@ -567,10 +515,8 @@ class SD3:
         return tuple(map(torch.stack, zip(*(self.texts[prompt] for prompt in prompts))))
 
     def velocity(self, x, sigma, prompts, policy, guidance_scale=1.0):
-        """The policy's velocity at x [B, C, H, W] for B prompts, float32 [B, C, H, W]; sigma: a number, 0-d, or [B].
-
-        policy: one of LoRA's.  guidance_scale > 1: v("") + scale (v(prompt) - v("")).
-        """
+        """The policy's velocity at x [B, C, H, W] for B prompts, float32 [B, C, H, W]; sigma: a number, 0-d, or [B];
+        guidance_scale > 1: v("") + scale (v(prompt) - v(""))."""
         self.lora.select(policy)
         inputs, guided = x.to(self.transformer.dtype), guidance_scale > 1
         if not isinstance(sigma, torch.Tensor) or sigma.ndim == 0:
@@ -589,60 +535,19 @@ class SD3:
         images, latents = [], x0 / self.vae.config.scaling_factor + self.vae.config.shift_factor
         self.vae.to(self.device)
         for part in latents.split(self.decode_batch_size):
-            pixels = self.vae.decode(part, return_dict=False)[0]
-            images += self.pipe.image_processor.postprocess(pixels, output_type="pil")
+            images += self.pipe.image_processor.postprocess(self.vae.decode(part, return_dict=False)[0], "pil")
         self.vae.to(self.rest)
         return images
 
 
 # ---- EVALUATION: held-out prompts, always from the same noise ------------------------------------------------------
-
-PICTURED = 12   # held-out prompts whose images are shown and saved
-
-def evaluate(model, judges, rows, config, policy, pictured=PICTURED):
-    """Score the policy on N prompts, K images each: (dict name -> scores [N, K], images of the first `pictured`).
-
-    The strict accuracy of a reward whose 1 means "all right" comes before it, the terms of a sum after it.
-    """
+def evaluate(model, judges, rows, config, policy, pictured=12):
+    """Score the policy on N prompts, K images each: (dict name -> scores [N, K], images of the first `pictured`)."""
     _, images, scores = draw_and_score(model, judges, rows, config.eval_images, ("evaluation",),
                                        config.eval_num_inference_steps, policy, config)
-    found, shown = {}, images[:max(0, pictured - own(len(rows)).start) * config.eval_images]
-    for name, terms in scores.items():
-        total = judges[name].total(terms)
-        found |= {f"{name}, strict": (total >= 1).double()} if judges[name].strict else {}
-        found |= {name: total, **(terms if len(terms) > 1 else {})}
-    return found, [image for share in gather(shown) for image in share]
-
-def summarize(scores, rows):
-    """Mean and standard error over prompts of scores [N, K], and the mean of each category, the rows' "tag": dict."""
-    score, tags = scores.mean(1), [brief(row.get("tag", "all")) for row in rows]                   # [N]
-    return {"score": score.mean().item(), "error": score.std(correction=0).item() / max(1, len(score) - 1) ** 0.5,
-            "categories": {tag: score[[tag == own for own in tags]].mean().item() for tag in dict.fromkeys(tags)}}
-
-def comparison(before, after, rows):
-    """A table of `evaluate`'s scores before and after, the first by category too, with falls marked: text.
-
-    A fall is more than twice the standard error of the change over the same prompts, and a fifth of their spread.
-    """
-    lines = [f"{'':30}{'before':>10}{'after':>10}{'change':>10}{'error':>10}"]
-    for name in after:
-        parts = [summarize(scores, rows) for scores in (before[name], after[name], after[name] - before[name])]
-        change, error = parts[2]["score"], parts[2]["error"]
-        fell = -change > max(2 * error, 0.2 * before[name].mean(1).std(correction=0).item())
-        numbers = [*(part["score"] for part in parts), error]
-        lines.append(f"{name[-30:]:30}" + "".join(f"{number:10.3f}" for number in numbers) + "   fell" * fell)
-        for tag in parts[0]["categories"] if len(lines) == 2 and len(parts[0]["categories"]) > 1 else ():
-            lines.append(f"  {tag[:28]:28}" + "".join(f"{part['categories'][tag]:10.3f}" for part in parts))
-    return "\n".join(lines)
-
-def font_for(text):
-    """PIL's own typeface, or the first installed one, that has all characters of a text; None if there is none."""
-    folders = ("/usr/share/fonts", "~/.fonts", "~/.local/share/fonts", "/System/Library/Fonts", "C:/Windows/Fonts")
-    installed = (file for folder in folders for file in sorted(Path(folder).expanduser().rglob("*.[ot]t[fc]")))
-    fonts = (ImageFont.truetype(str(file), 12) for file in installed)
-    for font in itertools.chain([ImageFont.load_default(12)], fonts):
-        if all(bytes(font.getmask(c)) != bytes(font.getmask("\uffff")) for c in set(text) - {" "}):
-            return font
+    shown = images[:max(0, pictured - own(len(rows)).start) * config.eval_images]
+    return ({label: score for name, terms in scores.items() for label, score in judges[name].scores(terms).items()},
+            [image for share in gather(lambda: shown) for image in share])
 
 def picture_rows(columns, captions):
     """A row for each of N captions, which stand at the left; columns: heading -> N * K images.  A PIL image."""
@@ -650,18 +555,23 @@ def picture_rows(columns, captions):
     (width, height), N = next(iter(columns.values()))[0].size, len(captions)
     side = max(96, min(width, 512))   # small pictures are shown larger, pixel by pixel, and large ones smaller
     size, how = (side, round(height * side / width)), Image.Resampling.NEAREST if width < side else None
+    folders = ("/usr/share/fonts", "~/.fonts", "~/.local/share/fonts", "/System/Library/Fonts", "C:/Windows/Fonts")
+    files = [str(file) for folder in folders for file in sorted(Path(folder).expanduser().rglob("*.[ot]t[fc]"))]
 
     def words(text, top=6):
-        tile, font = Image.new("RGB", size, "white"), font_for(text)
-        if text and font:   # else they are left to metrics.jsonl: boxes would say nothing
-            wrapped = textwrap.fill(text, max(1, int(len(text) * (side - 12) / font.getlength(text))))
-            ImageDraw.Draw(tile).text((6, top), wrapped, "black", font)
+        tile = Image.new("RGB", size, "white")
+        for font in itertools.chain([ImageFont.load_default(12)], (ImageFont.truetype(file, 12) for file in files)):
+            # A typeface draws a box for what it lacks; what none of them has is left to metrics.jsonl.
+            if text and all(bytes(font.getmask(c)) != bytes(font.getmask("\uffff")) for c in set(text) - {" "}):
+                wrapped = textwrap.fill(text, max(1, int(len(text) * (side - 12) / font.getlength(text))))
+                ImageDraw.Draw(tile).text((6, top), wrapped, "black", font)
+                break
         return tile
 
     tiles = [[words("")], *([words(caption)] for caption in captions)]
     for heading, images in columns.items():
         K = len(images) // N
-        tiles[0] += [words(heading if k == 0 else "", size[1] - 18) for k in range(K)]
+        tiles[0] += [words(heading, size[1] - 18), *[words("")] * (K - 1)]
         for i in range(N):
             tiles[i + 1] += [image.resize(size, how) for image in images[i * K:(i + 1) * K]]
     whole = make_image_grid(sum(tiles, []), N + 1, len(tiles[0]))
@@ -669,7 +579,6 @@ def picture_rows(columns, captions):
 
 
 # ---- THE RUN'S FOLDER ----------------------------------------------------------------------------------------------
-
 def write(path, content):
     """Write bytes so that `path` is the old file or the whole new one, whatever happens; the first process alone."""
     if processes()[0]:
@@ -690,41 +599,41 @@ class Run:
 
     def __init__(self, config, lora, optimizer):
         """Make the folder, or go on from its checkpoint: `done` steps, `lines` of metrics.jsonl.  Raises UserError."""
-        self.folder, self.lora, self.optimizer, self.tracker = Path(config.output_dir), lora, optimizer, None
-        self.done, self.lines, self.metrics = 0, [], self.folder / "metrics.jsonl"
-        self.checkpoint, resume = self.folder / "checkpoint.pt", bool(config.resume)
-        if resume and self.checkpoint.exists():
-            with blame(f"{self.checkpoint} cannot be used; --lora {self.folder}/lora begins a new run with its LoRA"):
-                state = torch.load(self.checkpoint, "cpu", weights_only=True)
+        self.folder, self.lora, self.optimizer = Path(config.output_dir), lora, optimizer
+        self.lines, self.done, self.tracked, self.tracker = [], 0, 0, None
+        if config.resume and (self.folder / "checkpoint.pt").exists():
+            with blame(f"the checkpoint cannot be used; --lora {self.folder}/lora begins a new run with its last LoRA"):
+                state = torch.load(self.folder / "checkpoint.pt", "cpu", weights_only=True)
                 lora.load_state_dict(state["lora"])
                 optimizer.load_state_dict(state["optimizer"])
                 self.lines, self.done = state["lines"], state["lines"][-1]["step"]
             optimizer.param_groups[0]["lr"] = config.learning_rate   # which may be another one now
-        if len(set(gather(self.done))) > 1:
+        if len(set(gather(lambda: self.done))) > 1:
             raise UserError(f"not all processes see the run in {self.folder}: it must lie on a disk that all share")
         self.started = time.monotonic() - (self.lines[-1]["seconds"] if self.lines else 0)
         if processes()[0]:
             return
         with blame(f"--output-dir {self.folder} cannot be used"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not resume and any(self.folder.iterdir()):
+            if not config.resume and any(self.folder.iterdir()):
                 raise UserError(f"{self.folder} holds another run; --resume {self.folder} goes on with it")
-        # A killed run has logged more than it has saved: the tracker has seen those lines.
-        self.tracked = self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
         if config.track:
             with blame(f"--track {config.track} does not work (is it installed?)"):
-                self.tracker, name = importlib.import_module(config.track), self.folder.name
-                os.environ.setdefault("WANDB_RUN_ID", name)   # the others find a run by its name
-                self.tracker.init(project="dgpo", name=name, config=vars(config), resume="allow" if resume else "never")
+                self.tracker = importlib.import_module(config.track)
+                os.environ.setdefault("WANDB_RUN_ID", self.folder.name)   # the others find a run by its name
+                self.tracker.init(project="dgpo", name=self.folder.name, config=vars(config),
+                                  resume="allow" if config.resume else "never")
+        if (metrics := self.folder / "metrics.jsonl").exists():   # a killed run has logged and tracked more than saved
+            self.tracked = metrics.read_bytes().count(b"\n")
         commit = os.popen(f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty 2>&1").read().strip()
         write(self.folder / "config.json", json.dumps({**vars(config), "commit": commit}, indent=2).encode())
-        write(self.metrics, b"".join(json.dumps(line).encode() + b"\n" for line in self.lines))
+        write(metrics, b"".join(json.dumps(line).encode() + b"\n" for line in self.lines))
 
     def log(self, values, **pictures):
         """Append a line to metrics.jsonl, and hand it and pictures to the tracker."""
         self.lines.append({"step": self.done, **values, "seconds": round(time.monotonic() - self.started, 3)})
         if processes()[0] == 0:
-            with open(self.metrics, "a", encoding="utf-8") as file:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(self.lines[-1]) + "\n")
         if self.tracker and len(self.lines) > self.tracked:
             pictures = {name: self.tracker.Image(picture) for name, picture in pictures.items()}
@@ -735,22 +644,18 @@ class Run:
         self.lora.export(self.folder / "lora", self.done)   # first: what ends between the two is done again
         state = {"lora": self.lora.state_dict(), "optimizer": self.optimizer.state_dict(), "lines": self.lines}
         torch.save(state, buffer := io.BytesIO())
-        write(self.checkpoint, buffer.getvalue())
+        write(self.folder / "checkpoint.pt", buffer.getvalue())
 
     def record(self, before, after, rows):
         """Log, print and draw `evaluate`'s results, beside those before training, and export the LoRA they are of."""
-        (scores, images), target, buffer = after, next(iter(after[0])), io.BytesIO()
-        summary = {name: summarize(score, rows) for name, score in scores.items()}
-        first = summary[target]
-        captions = [f"{row['prompt']}  {was.mean():.2f} -> {now.mean():.2f}"
-                    for row, was, now in zip(rows[:PICTURED], before[0][target], scores[target])]
-        picture = picture_rows({f"before: {before[0][target].mean():.3f}": before[1],
-                                f"after: {first['score']:.3f}": images}, captions)
-        self.log({"evaluation": True, "eval_score": first["score"], "eval_error": first["error"], "captions": captions,
-                  **{f"categories/{name}": score for name, score in first["categories"].items()},
-                  **{f"judges/{name}": summary[name]["score"] for name in scores if name != target}}, samples=picture)
-        tqdm.write(f"step {self.done}: " + ", ".join(f"{name} {s['score']:.3f}" for name, s in summary.items()))
-        picture.save(buffer, "PNG")
+        table, numbers = report(f"after {self.done} steps", before[0], after[0], rows)
+        was, now = (next(iter(scores.values())) for scores, _ in (before, after))                  # [N, K]
+        captions = [f"{row['prompt']}  {a:.2f} -> {b:.2f}" for row, a, b in zip(rows, was.mean(1), now.mean(1))]
+        captions = captions[:len(after[1]) // now.shape[1]]
+        picture = picture_rows({f"before: {was.mean():.3f}": before[1], f"after: {now.mean():.3f}": after[1]}, captions)
+        self.log({"evaluation": True, **numbers, "captions": captions}, samples=picture)
+        tqdm.write("\n" + table)
+        picture.save(buffer := io.BytesIO(), "PNG")
         for name in (f"samples/{self.done:06d}.png", "before_after.png"):
             write(self.folder / name, buffer.getvalue())
         if self.done:
@@ -758,7 +663,6 @@ class Run:
 
 
 # ---- MANY PROCESSES: torchrun starts them, each owns some of a step's groups ---------------------------------------
-
 def processes():
     """(this process's number, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
@@ -768,23 +672,19 @@ def own(count):
     rank, world = processes()
     return slice(count * rank // world, count * (rank + 1) // world)
 
-def gather(value):
-    """The values that all processes hand in, in their order: a list."""
-    values = [value] * processes()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-def everywhere(function):
-    """Call a function on every process and return what it returned here; a UserError on one is raised on all."""
-    result = wrong = None
+def gather(function):
+    """Call a function on every process: the list of what each returned.  A UserError on one is raised on all."""
     try:
-        result = function()
+        share = function()
     except UserError as error:
-        wrong = error
-    for error in filter(None, gather(wrong)):
-        raise error
-    return result
+        share = error
+    shares = [share] * processes()[1]
+    if len(shares) > 1:
+        dist.all_gather_object(shares, share)
+    for share in shares:
+        if isinstance(share, UserError):
+            raise share
+    return shares
 
 def sum_over_processes(weights):
     """Add up the processes' gradients, sent as one flat tensor.  One that has none, for want of groups, adds zeros."""
@@ -806,112 +706,88 @@ def join_processes():
 
 
 # ---- MAIN: from the command line to train() and from errors to sentences -------------------------------------------
-
 def parse_arguments(arguments=None):
-    """The command line, one flag a field, as a Config with nothing left open.  Raises UserError.
-
-    Settings of PAPER, for another model, or of a run that is resumed are flags before those that are typed.
-    """
+    """The command line, one flag a field, as a Config with nothing left open.  Raises UserError."""
     parser = argparse.ArgumentParser(
-        usage="python dgpo.py --prompt-file my.txt --reward my_rewards.py:redness [--flag value ...]",
-        description=__doc__.split("\n\n")[0] + "  Defaults, those of the embedded job, stand in brackets.",
-        epilog="Defaults with any other --model: " + ", ".join(f"{name} {value}" for name, value in PAPER.items()),
-        argument_default=argparse.SUPPRESS, allow_abbrev=False)
+        usage="python dgpo.py --prompt-file my.txt --reward my_rewards.py:redness [--flag value ...]", description=
+        "Defaults in brackets: the embedded job's; with another --model.", argument_default=argparse.SUPPRESS,
+        allow_abbrev=False)
     group, before, arguments = parser, {}, list(sys.argv[1:] if arguments is None else arguments)
     for field in dataclasses.fields(Config):
-        if "group" in field.metadata:
-            group = parser.add_argument_group(field.metadata["group"])
+        group = parser.add_argument_group(field.metadata["group"]) if "group" in field.metadata else group
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
             "type": field.type, "choices": field.metadata.get("choices")}
-        shown = f" [{field.default}]" if field.default != "" and field.type is not bool else ""
-        group.add_argument(flag(field.name), help=field.metadata["help"] + shown, **kind)
+        shown = "; ".join(str(value) for value in (field.default, field.metadata.get("paper", "")) if value != "")
+        group.add_argument(flag(field.name), help=field.metadata["help"] + f" [{shown}]" * bool(shown), **kind)
     typed = vars(parser.parse_args(arguments))
-    if typed.get("resume"):
+    if "resume" in typed:   # a run's settings, or PAPER's, are flags before those that are typed
         with blame(f"--resume {typed['resume']}: there is no run that this version can go on with"):
             stored = json.loads((Path(typed["resume"]) / "config.json").read_text())
             before = {field.name: stored[field.name] for field in dataclasses.fields(Config)}
-    elif typed.get("model") and Path(typed["model"]).resolve() != EMBEDDED_MODEL:
+    elif Path(typed.get("model", EMBEDDED_MODEL)).resolve() != EMBEDDED_MODEL:
         before = PAPER
     flags = [flag(name if value else f"no-{name}") if isinstance(value, bool) else f"{flag(name)}={value}"
              for name, value in before.items()]
-    config, known = Config(**vars(parser.parse_args([*flags, *arguments]))), {**before, **typed}
-    for name in typed.keys() & before.keys() if config.resume else ():
-        if typed[name] != before[name] and name != "resume":
-            print(f"{flag(name)} is {typed[name]} from now on, not {before[name]}")
+    config = Config(**{"model": str(EMBEDDED_MODEL), **vars(parser.parse_args([*flags, *arguments]))})
+    for name in typed.keys() & before.keys() - {"resume"} if config.resume else ():
+        print(f"{flag(name)} is {typed[name]} from now on; it was {before[name]}")
     if not config.prompt_file:
         raise UserError("--prompt-file is missing")
     path = Path(config.prompt_file)
-    if "eval_prompt_file" not in known:
-        beside = [path.with_stem(f"{path.stem}_heldout"), path.with_stem("heldout")]
-        config.eval_prompt_file = str(next((file for file in beside if file != path and file.exists()), ""))
-    if "eval_reward" not in known and config.reward in ("shapes", "words"):
+    for file in (path.with_stem("heldout"), path.with_stem(f"{path.stem}_heldout")):
+        if "eval_prompt_file" not in {**before, **typed} and file.exists() and file != path:
+            config.eval_prompt_file = str(file)
+    if "eval_reward" not in {**before, **typed} and config.reward in ("shapes", "words"):
         config.eval_reward = "realism"
-    config.model = config.model or str(EMBEDDED_MODEL)
-    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     config.output_dir = config.resume or config.output_dir or time.strftime(f"runs/%Y-%m-%d-%H%M%S-{os.getpid()}")
-    # Absolute, as a reward may change the folder, and a run be resumed from another one.
     for name in ("prompt_file", "eval_prompt_file", "lora", "output_dir", "resume", "model"):
         if getattr(config, name) and (name != "model" or os.path.exists(config.model)):
-            setattr(config, name, os.path.abspath(getattr(config, name)))
+            setattr(config, name, os.path.abspath(getattr(config, name)))   # a run may be resumed from another folder
     config.reward, config.eval_reward = absolute_paths(config.reward), absolute_paths(config.eval_reward)
-    return gather(config)[0]
+    return config
 
 def prepare(config):
-    """Everything that can go wrong before the first file is written: (model, judges, rows, held_out).
-
-    judges: dict name -> reward, the one trained on and then those that only watch.
-    """
+    """What can go wrong before a file is written: (model, judges, the first of which is trained on, rows, held_out)."""
     config.check()
     with blame(f"--device {config.device} cannot be used"):
         torch.zeros(1, device=config.device).item()
     load_prompts(config.prompt_file)   # before anything large is loaded
-    reward, *others = (load_reward(spec, config.device) for spec in (
-        config.reward, *filter(None, config.eval_reward.split(","))))
-    judges = {reward.name: reward} | {other.name: other for other in others if other.name != reward.name}
-    rows, held_out = (load_prompts(path, reward) for path in (
-        config.prompt_file, config.eval_prompt_file or config.prompt_file))
-    held_out = list({row["prompt"]: row for row in held_out}.values())
-    # Drawn once and for all: published files are sorted by category.
-    order = torch.randperm(len(held_out), generator=seeded("held out")).tolist()
-    held_out = [held_out[i] for i in sorted(order[:config.eval_prompts or None])]
+    reward = load_reward(config.reward, config.device)
+    judges = [load_reward(spec, config.device, judge=True) for spec in filter(None, config.eval_reward.split(","))]
+    rows, held_out = (load_prompts(file or config.prompt_file, reward)
+                      for file in (config.prompt_file, config.eval_prompt_file))
+    held_out = list({row["prompt"]: row for row in held_out}.values())   # drawn, as published files are sorted
+    held_out = random.Random(0).sample(held_out, min(config.eval_prompts or len(held_out), len(held_out)))
     model = load_model(config)
     if config.lora:
         model.lora.load(config.lora)
-    P, G, M, U = config.groups_per_step, config.group_size, config.timesteps_per_rollout, config.updates_per_rollout
-    calls = config.num_inference_steps * (1 + (config.guidance_scale > 1))   # an image; then reference, old, current
-    calls += M * (4 + (config.reference_guidance_scale > 1))                 # and its backward pass
-    print(f"{sum(t.numel() for t in model.lora.weights('current')) / 1e6:.2f} M LoRA parameters in "
-          f"{len(model.lora.layers)} layers on {config.device} in {config.dtype}\n"
-          f"a step: {P} of {len(rows)} prompts x {G} = {P * G} images, {U} optimizer steps on {P * G * M} samples, "
-          f"{P * G * calls:,} transformer evaluations\n"
-          f"evaluated on {len(held_out)} {'held-out' if config.eval_prompt_file else 'of the TRAINING'} prompts; "
-          f"writing to {config.output_dir}", flush=True)
-    return model, judges, rows, held_out
+    calls = config.num_inference_steps * (1 + (config.guidance_scale > 1)) + config.timesteps_per_rollout * (
+        4 + (config.reference_guidance_scale > 1))   # an image's; trained on: reference, old, current there and back
+    print(f"{len(model.lora.layers)} LoRA layers on {config.device} in {config.dtype}; a step: "
+          f"{config.groups_per_step} of {len(rows)} prompts x {config.group_size} images, {config.updates_per_rollout} optimizer steps, {calls} "
+          f"transformer evaluations an image; writing to {config.output_dir}\nevaluated on {len(held_out)} "
+          f"{'held-out prompts' if config.eval_prompt_file else 'prompts that are TRAINED ON'}", flush=True)
+    return model, {reward.name: reward, **{j.name: j for j in judges if j.name != reward.name}}, rows, held_out
 
 def main(arguments=None):
     """The command line.  Exit codes: 0 done, 1 something failed, 2 a setting or a reward to mend, 130 Ctrl-C."""
-    folder, code = None, 1
+    folder = None
     try:
         sys.stdout.reconfigure(errors="backslashreplace")   # of what the terminal cannot show, as on stderr
         join_processes()
-        config = everywhere(lambda: parse_arguments(arguments))
+        config = gather(lambda: parse_arguments(arguments))[0]
         folder = Path(config.output_dir)
         train(config)
         return 0
-    except UserError as error:
-        code, message = 2, str(error)
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    except SystemExit as error:
-        if folder is None:   # argparse's, after --help or its own sentence
+    except BaseException as error:
+        if isinstance(error, SystemExit) and folder is None:   # argparse's, after --help or its own sentence
             return error.code
-        message = f"something called sys.exit({error.code!r})"
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
+        code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
+        message = str(error) if code == 2 else f"{type(error).__name__}: {error}"
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
             message = ("out of memory: lower --batch-size, --group-size, --resolution or --lora-rank, or give "
                        "--gradient-checkpointing or --offload")
-        elif not isinstance(error, OSError):   # what nobody foresaw; the stderr of all processes but one is muted
+        elif code == 1 and not isinstance(error, OSError):   # what nobody foresaw, on any of the processes
             traceback.print_exc(file=sys.__stderr__)
     if code != 2 and folder and (folder / "checkpoint.pt").exists():
         message += f"; --resume {folder} goes on from its last checkpoint"
@@ -921,6 +797,5 @@ def main(arguments=None):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    print(end="", flush=True)
     os._exit(exit_code)   # one of many processes would first end its group, which can wait for ever for gloo's threads

@@ -14,18 +14,20 @@ the row of the final table that a prompt belongs to.
 """
 
 import copy
-import importlib
+import importlib.util
 import io
 import itertools
 import json
-import math
 import os
 import re
+import stat
 import sys
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -47,7 +49,7 @@ def blame(what):
     except BaseException as error:   # SystemExit, too: what sys.exit(0) ends inside a reward is no success
         try:
             reason = brief((str(error).strip() or " ").splitlines()[0].strip(), 300)
-        except Exception:   # its own __str__ fails
+        except BaseException:   # its own __str__ fails
             reason = ""
         if " " not in reason:   # a KeyError says no more than its key, some say nothing
             reason = f"{type(error).__name__} {reason}".strip()
@@ -65,6 +67,20 @@ def brief(value, length=80):
 # ------------------------------------------------------------------------------------------------
 
 
+def regular(path):
+    """The path of a file.  Raises OSError as opening it would, and ValueError for a pipe or folder, without opening it:
+    to open a pipe that nobody writes to never ends, and what it holds can be read only once."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a file but a folder, a pipe or the like")
+    return path
+
+
+def depth(value):
+    """How deeply lists and dicts are nested in a value of JSON, 0 for any other."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inside is None else 1 + max(map(depth, inside), default=0)
+
+
 def load_prompts(path, reward=None):
     """The rows of a file as dicts with the key "prompt", in order and as often as they stand there; no blank lines.
 
@@ -76,9 +92,7 @@ def load_prompts(path, reward=None):
     with blame(f"the prompt file {path} cannot be read"):
         if kind not in ("", ".txt", ".jsonl", ".ndjson"):
             raise ValueError("a prompt file is a .txt file, one prompt a line, or a .jsonl file")
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("it is no file (a pipe could be read only once, and not by --resume)")
-        lines = Path(path).read_text(encoding="utf-8").replace("\ufeff", "").split("\n")
+        lines = Path(regular(path)).read_text(encoding="utf-8").replace("\ufeff", "").split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -88,6 +102,8 @@ def load_prompts(path, reward=None):
                 raise ValueError('not an object with a text as its "prompt"')
             if len(row["prompt"].encode()) > 10_000:   # half a surrogate pair, which JSON can hold, fails here
                 raise ValueError("its prompt is longer than 10,000 bytes")
+            if depth(row) > 100:   # every copy of it is made by recursion
+                raise ValueError("it is nested more than 100 deep")
             rows.append({**(reward.check(row) if reward else {}), **row})
     if not rows:
         raise UserError(f"the prompt file {path} holds no prompt")
@@ -112,24 +128,27 @@ def load_pretrained(kind, path, device=None, dtype=None, **where):
     weights that are missing, left over or not finite, a tokenizer without a vocabulary.  Raises UserError.
     """
     quiet_libraries()
-    if kind.__module__.startswith("transformers"):
+    if not kind.__module__.startswith("diffusers"):   # which runs no such code unless it is told to
         where["trust_remote_code"] = False
     load = partial(kind.from_pretrained, path, local_files_only=os.path.isdir(path), **where)
     name = f"{path}{'/' + where['subfolder'] if 'subfolder' in where else ''} is no {kind.__name__}"
     if device is None:
         loaded = load()
         tokenizer = getattr(loaded, "tokenizer", loaded)
-        if hasattr(tokenizer, "model_max_length"):
+        if hasattr(tokenizer, "get_vocab"):
             tokenizer.model_max_length = min(tokenizer.model_max_length, 4096)   # texts may be padded to that
-            if tokenizer("red").input_ids == tokenizer("blue").input_ids:
+            # Words of one length, as what is made up may encode every letter as the same unknown one.
+            if len({str(tokenizer(word).input_ids) for word in ("red", "one", "cat", "sky", "fox")}) == 1:
                 raise UserError(f"{name}: it reads all words alike, as without its vocabulary")
         return loaded
     dtype = dtype or (torch.float16 if torch.device(device).type == "cuda" else torch.float32)
     model, info = load(torch_dtype=dtype, output_loading_info=True)
-    parameters = dict(model.named_parameters())
-    for wrong, keys in (("it has no weights for", set(info["missing_keys"]) & set(parameters)),
-                        ("its file has other weights, too, as", set(info["unexpected_keys"])),
-                        ("not all are finite in", {k for k, p in parameters.items() if not p.isfinite().all()})):
+    state, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
+    # A buffer is computed by the model itself, but for the running means of a batch normalisation.
+    drawn = {key for key in info["missing_keys"] if key in state and (key not in buffers or ".running_" in key)}
+    for wrong, keys in (("it has no weights for", drawn),
+                        ("its file has other weights, too, as", {*info["unexpected_keys"]} - buffers),
+                        ("not all numbers are finite in", {key for key, t in state.items() if not t.isfinite().all()})):
         if keys:
             raise UserError(f"{name}: {wrong} {min(keys)}")
     return model.to(device).requires_grad_(False).eval()
@@ -143,8 +162,10 @@ def load_pipeline(path, dtype):
         library, kind = value if isinstance(value, (list, tuple)) and len(value) == 2 else ("", "")
         if library is None:
             parts[name] = None   # from_pretrained wants to be told what is left out
-        elif library in ("diffusers", "transformers"):   # one by one, as what is missing would be made up
-            kind = getattr(importlib.import_module(library), kind)
+            continue
+        own = getattr(diffusers.pipelines, str(library), None)   # of parts that belong to one pipeline alone
+        module = importlib.import_module(library) if library in ("diffusers", "transformers") else own
+        if kind := getattr(module, str(kind), None):   # one by one, as what is missing would be made up
             device = "cpu" if issubclass(kind, torch.nn.Module) else None
             parts[name] = load_pretrained(kind, path, device, torch.float32 if name == "vae" else dtype, subfolder=name)
     return diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=local, **parts)
@@ -153,25 +174,33 @@ def load_pipeline(path, dtype):
 def load_lora(path):
     """A LoRA of diffusers or peft, a file or its folder: dict layer -> (down [rank, in], up [out, rank] alpha / rank).
 
-    Raises ValueError for what is more than low-rank matrices (DoRA, convolutions, ...).
+    Raises ValueError for what is more than low-rank matrices (DoRA, convolutions, ...), or lacks its alpha.
     """
-    path, names = Path(path), ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    path = Path(path)
+    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")   # of diffusers and of peft
     path = next((path / name for name in names if (path / name).exists()), path)
-    with safe_open(path, "pt") as file:
-        tensors = {re.sub(r"^(base_model\.model|transformer)\.", "", key): file.get_tensor(key) for key in file.keys()}
+    with safe_open(regular(path), "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    if path.name == names[1]:   # peft's, which says its alpha beside it
-        about = json.loads(path.with_name("adapter_config.json").read_text())
-    about, pairs = {key.removeprefix("transformer."): value for key, value in about.items()}, {}
+    if any(key.startswith("base_model.model.") for key in tensors):   # peft's, which says its alpha beside it
+        about = json.loads(path.with_name("adapter_config.json").read_text(encoding="utf-8"))
+    tensors = {re.sub(r"^(base_model\.model|transformer)\.", "", key): tensor for key, tensor in tensors.items()}
+    about = {key.removeprefix("transformer."): value for key, value in about.items()}
+    odd = [key for key, value in about.items() if value and (
+        key.startswith("use_") or key in ("rank_pattern", "alpha_pattern", "layer_replication", "kasa_config"))]
+    if about.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal", "eva"):
+        odd.append("init_lora_weights")   # PiSSA and others change the model's own weights, too
+    pairs = {}
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-        down, up = (tensors.pop(key.replace("lora_A", part), None) for part in ("lora_A", "lora_B"))
-        if up is None or (down.ndim, up.shape[1:]) != (2, down.shape[:1]) or not (up.sum() + down.sum()).isfinite():
+        down, up = (tensors.pop(key.replace("lora_A", part), torch.empty(0)).float() for part in ("lora_A", "lora_B"))
+        if down.ndim != 2 or up.ndim != 2 or up.shape[1] != len(down) or len(down) != about.get("r", len(down)):
             raise ValueError(f"{key} is not the half of a low-rank matrix")
-        scale = about["lora_alpha"] / about["r"] if about else 1.0
-        pairs[key.removesuffix(".lora_A.weight")] = down.float(), up.float() * scale
-    odd = [key for key in ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern") if about.get(key)]
+        up = up * (about["lora_alpha"] / about["r"] if about else 1.0)
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise ValueError(f"not all numbers are finite in {key}, or in its other half")
+        pairs[key.removesuffix(".lora_A.weight")] = down, up
     if odd or tensors or not pairs:
-        raise ValueError(f"it has more than low-rank matrices: {[*odd, *tensors, 'or none'][0]}")
+        raise ValueError(f"it has more than low-rank matrices, or none: {', '.join([*odd, *tensors][:3])}")
     return pairs
 
 
@@ -260,11 +289,15 @@ def load_aesthetic(paths, device):
     if not names or {name + part for name in names for part in ("weight", "bias")} != state.keys():
         raise UserError(f"{path} is no head of the aesthetic predictor: its keys are {brief(list(state))}")
     for name in names:
-        layer = state[name + "weight"].float()
+        layer, offset = state[name + "weight"].float(), state[name + "bias"].float()
         if layer.shape[1] != len(bias):
             raise UserError(f"the aesthetic head {path} takes embeddings of size {layer.shape[1]}, the CLIP model "
                             f"{paths['.']} gives {len(bias)}")
-        weight, bias = layer @ weight, layer @ bias + state[name + "bias"].float()
+        if offset.shape != layer.shape[:1] or not (layer.isfinite().all() and offset.isfinite().all()):
+            raise UserError(f"the aesthetic head {path} has a bias of another size or numbers that are not finite")
+        weight, bias = layer @ weight, layer @ bias + offset
+    if len(bias) != 1:
+        raise UserError(f"the aesthetic head {path} gives {len(bias)} scores for an image, not one")
     return lambda images, prompts, metadata: F.linear(clip.embed("images", images), weight, bias)[:, 0]
 
 
@@ -348,8 +381,8 @@ def parse_terms(spec):
             weight = float(weight)
         except ValueError:   # what follows the colon is no number but belongs to the name, as in `file.py:function`
             name, weight = item, 1.0
-        if not math.isfinite(weight):
-            raise UserError(f"the weight of the reward {name!r} must be a finite number, not {weight}")
+        if not abs(weight) < 1e30:   # so that no sum of rewards, each a float32, leaves float64
+            raise UserError(f"the weight of the reward {name!r} must be a finite number below 1e30, not {weight}")
         terms[name] = terms.get(name, 0.0) + weight
     return terms
 
@@ -363,33 +396,63 @@ def absolute_paths(spec):
     return re.sub(r"(?<==)[^,:]+|(?<![^,])[^,=]+(?=\.py:)", absolute, spec)
 
 
+def working_folder():
+    """The folder that relative paths begin at, or "" if it was removed."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
+
+
+def set_warnings(filters):
+    """Let `warnings.filters` be these, which Python notices only when they are reset."""
+    warnings.resetwarnings()
+    warnings.filters.extend(filters)
+
+
+# What a user's code may change for the whole program: (how to ask for it, how to set it).  Random seeds are not here,
+# as all that is random in a run has a generator of its own, and a reward may be random.
+SHARED = (
+    (np.geterr, lambda errors: np.seterr(**errors)),
+    (lambda: {name: getattr(sys, name, None) for name in ("stdin", "stdout", "stderr")}, vars(sys).update),
+    (lambda: warnings.filters[:], set_warnings),
+    (torch.get_default_dtype, torch.set_default_dtype), (torch.get_default_device, torch.set_default_device),
+    (torch.is_grad_enabled, torch.set_grad_enabled), (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (working_folder, lambda folder: folder and os.chdir(folder)))
+
+
 @contextmanager
 def undisturbed():
-    """Undo what a user's code may do to the program that runs it: its folder, streams, gradients, default dtype."""
-    before = os.getcwd(), sys.stdout, sys.stderr, torch.get_default_dtype(), torch.is_grad_enabled()
+    """Undo what a user's code changes for the program that runs it, whatever way it ends: all that is in SHARED."""
+    before = [ask() for ask, _ in SHARED]
     try:
         yield
     finally:
-        os.chdir(before[0])
-        sys.stdout, sys.stderr = before[1:3]
-        torch.set_default_dtype(before[3])
-        torch.set_grad_enabled(before[4])
+        for (ask, put), value in zip(SHARED, before):
+            if ask() != value:
+                put(value)
 
 
 def import_function(name):
-    """`path/to/file.py:function`, the file imported as a module that finds what lies beside it."""
+    """`path/to/file.py:function`: the file is imported once, as a module that finds what lies beside it."""
     file, _, function = name.rpartition(":")
-    open(file).close()
-    path = Path(file).resolve()
-    root = HERE if path.is_relative_to(HERE) else path.parent   # ours keep the names by which others import them
+    path = Path(os.path.abspath(regular(file)))
+    root = path.parent
+    if path.resolve().parent in (HERE / "adapters", HERE / "shapes"):   # others import these by this name
+        path, root = path.resolve(), HERE
     if str(root) not in sys.path:
-        sys.path.append(str(root))
-    module = importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
-    if not os.path.samefile(module.__file__, path):
-        raise ImportError(f"there is another module {path.stem}, {module.__file__}: rename the file")
-    if not callable(getattr(module, function)):
+        sys.path.append(str(root))   # last, so that nothing in it takes the place of what the libraries import
+    importlib.invalidate_caches()
+    module = ".".join(path.relative_to(root).with_suffix("").parts)
+    found = importlib.util.find_spec(module) if "." not in path.stem else None
+    origin = found and found.origin or ""
+    if not (os.path.exists(origin) and os.path.samefile(origin, path)):
+        raise ImportError(f"by the name {path.stem!r} Python finds {origin or 'no module'}: rename the file")
+    value = getattr(importlib.import_module(module), function)
+    if not callable(value):
         raise TypeError(f"{function} is not a function")
-    return getattr(module, function)
+    return value
 
 
 def load_function(name, device):
@@ -414,15 +477,17 @@ def load_function(name, device):
         return import_function(FILES.get(name, name))
 
 
-def load_reward(spec, device="cpu"):
+def load_reward(spec, device="cpu", judge=False):
     """Turn a reward's name, or a weighted sum `name:weight,name:weight`, into one callable; models go to `device`.
 
     A name is that of a reward, `reward=FOLDER` or `reward=ID` for a reward that is a model, or `file.py:function`.  The
     callable takes (images: list of PIL images, prompts: list of str, metadata: list of dict), all of length B, and
     returns float32 [B] on the CPU.  Its attributes: `terms`, the same for each term by itself (a dict, unweighted), and
-    `total`, which weighs and adds such a dict of any shape in float64; `check(row)` raises UserError for a row that a
+    `total`, which weighs and adds such a dict of any shape in float64; `scores`, which makes of it what the final table
+    shows: the strict accuracy, the reward, the terms of a sum; `check(row)` raises UserError for a row that a
     term cannot score and returns {"tag": its category} if one knows it; `strict` says whether 1.0 means "all right".
-    Raises UserError at once for what cannot be loaded; when called, for what raises or returns no B finite numbers.
+    Raises UserError at once for what cannot be loaded; when called, for what raises or returns no B finite numbers.  A
+    judge's `terms` then gives {}, and says so once.
     """
     def short(text):
         return re.sub("[^,=]*/", "", text)   # without folders
@@ -461,7 +526,59 @@ def load_reward(spec, device="cpu"):
     def reward(images, prompts, metadata):
         return reward.total(terms(images, prompts, metadata)).float()
 
-    reward.check, reward.terms, reward.name = check, terms, short(spec)
+    def watch(*drawn):
+        try:
+            return terms(*drawn) if reward.watches else {}
+        except UserError as error:
+            reward.watches = False   # from now on: what a judge cannot score is no fault of the run
+            print(f"the judge {reward.name} is left out: {error}", flush=True)
+            return {}
+
+    def scores(terms):
+        total = reward.total(terms)
+        strict = {f"{reward.name}, strict": (total >= 1).double()} if reward.strict else {}
+        return {**strict, reward.name: total, **(terms if len(terms) > 1 else {})}
+
+    reward.check, reward.terms, reward.scores = check, watch if judge else terms, scores
+    reward.name, reward.watches = short(spec), True
     reward.total = lambda terms: sum(weights[name] * score.double() for name, score in terms.items())
     reward.strict = list(weights.values()) == [1.0] and getattr(*functions.values(), "strict", False)
     return reward
+
+
+# ------------------------------------------------------------------------------------------------
+# The scores' table
+# ------------------------------------------------------------------------------------------------
+
+
+def summarize(scores, rows):
+    """Mean and standard error over prompts of scores [N, K], and the mean of each category, the rows' "tag": dict."""
+    score, tags = scores.mean(1), [brief(row.get("tag", "all")) for row in rows]                   # [N]
+    return {"score": score.mean().item(), "error": score.std(correction=0).item() / max(1, len(score) - 1) ** 0.5,
+            "categories": {tag: score[[tag == own for own in tags]].mean().item() for tag in dict.fromkeys(tags)}}
+
+
+def report(title, before, after, rows):
+    """A table of scores before and after training, the first by category, too, and what metrics.jsonl says of it.
+
+    before, after: dicts name -> [N, K], of N rows; alike if nothing was trained yet, which makes one column.  Returns
+    (text, dict).  Falls are marked: by more than twice the standard error of the change over the same prompts, and than
+    a third of what the prompts differ by.
+    """
+    titles = ("score", "error") if after is before else ("before", "after", "change", "error")
+    lines, numbers = [f"{title:30}" + "".join(f"{title:>10}" for title in titles)], {}
+    for name in after:
+        parts = [summarize(scores, rows) for scores in (before[name], after[name], after[name] - before[name])]
+        parts = parts[:1] if after is before else parts
+        fell = len(parts) > 1 and -parts[2]["score"] > max(2 * parts[2]["error"], before[name].mean(1).std().item() / 3)
+        columns = [*(part["score"] for part in parts), parts[-1]["error"]]
+        lines.append(f"{name[-30:]:30}" + "".join(f"{number:10.3f}" for number in columns) + "   fell" * fell)
+        now = summarize(after[name], rows)
+        if numbers:
+            numbers[f"judges/{name}"] = now["score"]
+            continue
+        numbers = {"eval_score": now["score"], "eval_error": now["error"]}
+        for tag, score in now["categories"].items() if len(now["categories"]) > 1 else ():
+            numbers[f"categories/{tag}"] = score
+            lines.append(f"  {tag[:28]:28}" + "".join(f"{part['categories'][tag]:10.3f}" for part in parts))
+    return "\n".join(lines), numbers
