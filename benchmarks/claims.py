@@ -33,8 +33,8 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import baselines, flow_grpo  # noqa: E402
-from dgpo import EMBEDDED_MODEL, PAPER, evaluate, load_model, rows_of_step, summarize, train_step  # noqa: E402
-from rewards import UserError, load_prompts, load_reward  # noqa: E402
+from dgpo import EMBEDDED_MODEL, PAPER, evaluate, load_model, rows_of_step, train_step  # noqa: E402
+from rewards import UserError, load_prompts, load_reward, summarize  # noqa: E402
 from shapes.world import kernel_closeness, rendered_features, vae_features  # noqa: E402
 
 LEVELS = (0.6, 0.7, 0.8, 0.85, 0.9)   # scores whose price the table gives

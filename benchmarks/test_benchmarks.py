@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import baselines, claims, flow_grpo, record, throughput, trials  # noqa: E402
+from benchmarks import baselines, claims, flow_grpo, gpu, record, throughput, trials  # noqa: E402
 from dgpo import (  # noqa: E402
     EMBEDDED_MODEL,
     Config,
@@ -492,3 +492,13 @@ def test_prompts_are_drawn_by_their_spread_and_by_their_categorys_failures():
         assert chances[first] > chances[other] > 0
         assert all(chance == chances[first] for chance, tag in zip(chances, tags) if tag == tags[0])
     assert failing.chances()[first] == pytest.approx(2 / 3) and failing.chances()[other] == 0.05
+
+
+@needs("peft")
+def test_the_gpu_benchmark_fills_its_table_on_a_cpu_too(capsys):
+    sections = "batches,authors,share,two_policies,vae"
+    gpu.main(["--preset", "tiny", "--device", "cpu", "--repeats", "1", "--only", sections])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    names = [cells[0] for cells in rows]
+    assert names.count("dgpo.py") == 3 and "decoding, channels_last" in names and len(rows) == 17
+    assert not any("failed" in cell or "out of memory" in cell for cells in rows for cell in cells)
