@@ -77,8 +77,11 @@ def regular(path):
 
 def depth(value):
     """How deeply lists and dicts are nested in a value of JSON, 0 for any other."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if inside is None else 1 + max(map(depth, inside), default=0)
+    levels, level = 0, [value]
+    while level := [outer for outer in level if isinstance(outer, (list, dict))]:
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        levels += 1
+    return levels
 
 
 def load_prompts(path, reward=None):
@@ -104,7 +107,10 @@ def load_prompts(path, reward=None):
                 raise ValueError("its prompt is longer than 10,000 bytes")
             if depth(row) > 100:   # every copy of it is made by recursion
                 raise ValueError("it is nested more than 100 deep")
+        try:
             rows.append({**(reward.check(row) if reward else {}), **row})
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
     if not rows:
         raise UserError(f"the prompt file {path} holds no prompt")
     return rows
@@ -146,9 +152,9 @@ def load_pretrained(kind, path, device=None, dtype=None, **where):
     state, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
     # A buffer is computed by the model itself, but for the running means of a batch normalisation.
     drawn = {key for key in info["missing_keys"] if key in state and (key not in buffers or ".running_" in key)}
-    for wrong, keys in (("it has no weights for", drawn),
-                        ("its file has other weights, too, as", {*info["unexpected_keys"]} - buffers),
-                        ("not all numbers are finite in", {key for key, t in state.items() if not t.isfinite().all()})):
+    odd = {key for key, tensor in state.items() if not tensor.is_meta and not tensor.isfinite().all()}
+    for wrong, keys in (("it has no weights for", drawn), ("not all numbers are finite in", odd),
+                        ("its file has other weights, too, as", {*info["unexpected_keys"]} - buffers)):
         if keys:
             raise UserError(f"{name}: {wrong} {min(keys)}")
     return model.to(device).requires_grad_(False).eval()
@@ -570,7 +576,7 @@ def report(title, before, after, rows):
     for name in after:
         parts = [summarize(scores, rows) for scores in (before[name], after[name], after[name] - before[name])]
         parts = parts[:1] if after is before else parts
-        fell = len(parts) > 1 and -parts[2]["score"] > max(2 * parts[2]["error"], before[name].mean(1).std().item() / 3)
+        fell = len(parts) > 1 and -parts[2]["score"] > max(2 * parts[2]["error"], before[name].mean(1).std(correction=0).item() / 3)
         columns = [*(part["score"] for part in parts), parts[-1]["error"]]
         lines.append(f"{name[-30:]:30}" + "".join(f"{number:10.3f}" for number in columns) + "   fell" * fell)
         now = summarize(after[name], rows)
