@@ -11,6 +11,7 @@ import math
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -502,3 +503,11 @@ def test_the_gpu_benchmark_fills_its_table_on_a_cpu_too(capsys):
     names = [cells[0] for cells in rows]
     assert names.count("dgpo.py") == 3 and "decoding, channels_last" in names and len(rows) == 17
     assert not any("failed" in cell or "out of memory" in cell for cells in rows for cell in cells)
+
+
+def test_the_command_line_runs_on_a_pipeline_made_as_the_full_size_one():
+    command = [sys.executable, "benchmarks/throughput.py", "--full-size", "--preset", "tiny", "--device", "cpu"]
+    done = subprocess.run(command, cwd=claims.ROOT, capture_output=True, text=True)   # of its own: it patches dgpo
+    header, _, row = (line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|"))
+    values = dict(zip(header, row, strict=True))
+    assert values["LoRA layers"] == "15" and float(values["update, s"]) > 0

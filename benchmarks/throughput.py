@@ -4,6 +4,7 @@ r"""How fast a training step is, and how much of it is not the transformer's own
     python benchmarks/throughput.py --preset tiny         # a few seconds on a CPU
     python benchmarks/throughput.py --preset embedded --groups-per-step 8 --group-size 12 --batch-size 96 \
         --repeats 15                                      # the default job's step, random weights
+    python benchmarks/throughput.py --full-size           # dgpo.py itself on a pipeline of SD3.5-M's size, about 8 GB
     python benchmarks/throughput.py --count-memory        # what a step keeps on the device, counted on any machine
     python benchmarks/throughput.py --count-memory --transformer FluxTransformer2DModel   # weights, LoRA of any model
 
@@ -14,9 +15,11 @@ forwards and backwards, with the same LoRA and batch sizes, called directly and 
 """
 
 import argparse
+import multiprocessing
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,6 +28,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import dgpo  # noqa: E402
 from adapters.any_pipeline import AnyPipeline  # noqa: E402
 from dgpo import EMBEDDED_MODEL, PAPER, SD3, Config, LoRA, group_advantages, rollout, seeded, update  # noqa: E402
 
@@ -192,6 +196,89 @@ def count_transformer(name, path):
             "LoRA, policies and optimizer, GB": 6 * 4 * sum(t.numel() for t in lora) / 1e9}
 
 
+def save_pipeline(folder, preset):
+    """Write a whole pipeline with random weights in bfloat16, as diffusers would: SD3.5-M with all that it has, but for
+    22 of T5-XXL's 24 layers and the tokenizers' vocabularies; of another preset with encoders as small as that."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
+
+    from shapes.train_base import build_tokenizer
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    width, pooled = (preset["transformer"][f"{name}_dim"] for name in ("joint_attention", "pooled_projection"))
+    full, clip_tokenizer = width == 4096, build_tokenizer()
+    clip_tokenizer.model_max_length = 77
+    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    letters += [(chr(c), -3.0) for c in range(97, 123)]
+
+    def clip(width, layers, activation):
+        return CLIPTextModelWithProjection(CLIPTextConfig(
+            vocab_size=49408, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+            num_attention_heads=max(1, width // 64), projection_dim=width, hidden_act=activation,
+            bos_token_id=clip_tokenizer.bos_token_id, eos_token_id=clip_tokenizer.eos_token_id))
+
+    StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel.from_config(preset["transformer"]),
+        vae=AutoencoderKL.from_config(preset["vae"]), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip(768 if full else pooled // 2, 12 if full else 1, "quick_gelu"), tokenizer=clip_tokenizer,
+        text_encoder_2=clip(1280 if full else pooled // 2, 32 if full else 1, "gelu"), tokenizer_2=clip_tokenizer,
+        text_encoder_3=T5EncoderModel(T5Config(
+            d_model=width, d_kv=64, d_ff=10240 if full else 64, num_heads=width // 64 or 1, num_layers=2,
+            feed_forward_proj="gated-gelu", vocab_size=32128)),
+        tokenizer_3=T5Tokenizer(vocab=letters, extra_ids=0)).save_pretrained(folder)
+
+
+def full_size(preset, device, groups_per_step, group_size, batch_size, **_):
+    """One step of dgpo.py's own command line on a pipeline of the preset's size; prints what it says and took."""
+    if device == "cpu":   # the smallest step that has everything in it
+        few = ("--groups-per-step 1 --group-size 2 --num-inference-steps 2 --timesteps-per-rollout 1 --batch-size 2 "
+               "--eval-num-inference-steps 1").split()
+    else:
+        few = ["--groups-per-step", str(groups_per_step), "--group-size", str(group_size), "--batch-size",
+               str(batch_size)]
+    found, spent, step = {}, {}, dgpo.train_step
+
+    def timed(function, part):
+        def call(*rest, **more):
+            result = []
+            spent[part] = spent.get(part, 0) + seconds(
+                lambda: result.append(function(*rest, **more)), torch.device(device))
+            return result[0]
+        return call
+
+    def train_step(model, *rest):
+        spent.clear()   # of what the evaluation before it took
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        metrics = step(model, *rest)
+        memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device == "cuda" else "-"
+        found.update({
+            "LoRA layers": len(model.lora.layers),
+            "parameters": f"{sum(t.numel() for t in model.lora.weights('current')) / 1e6:.2f} M",
+            **{f"{part}, s": f"{metrics[f'seconds_{part}']:.1f}" for part in ("rollout", "update")},
+            **{f"of it {part}, s": f"{spent[part]:.1f}" for part in ("encoding", "decoding")},
+            "peak memory of the device, GB": memory})
+        return metrics
+
+    SD3.encode, SD3.decode, dgpo.train_step = timed(SD3.encode, "encoding"), timed(SD3.decode, "decoding"), train_step
+    with tempfile.TemporaryDirectory() as place:
+        maker = multiprocessing.get_context("spawn").Process(
+            target=save_pipeline, args=(f"{place}/model", PRESETS[preset]))
+        maker.start()   # in a process of its own, whose memory is not counted
+        maker.join()
+        size = sum(path.stat().st_size for path in Path(place).rglob("*") if path.is_file())
+        print(f"a pipeline of {size / 1e9:.2f} GB", flush=True)
+        (Path(place) / "prompts.txt").write_text("a red circle\na star left of a ring\n")
+        resolution = "512" if preset == "sd3.5-medium" else "0"
+        code = dgpo.main([
+            "--model", f"{place}/model", "--prompt-file", f"{place}/prompts.txt", "--output-dir", f"{place}/run",
+            "--reward", "jpeg_compressibility", "--steps", "1", "--eval-prompts", "1", "--eval-images", "1",
+            "--device", device, "--resolution", resolution, *few])
+        if code:
+            sys.exit(code)
+    print_table({**found, "of the program, GB":
+                 f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f}"})
+
+
 def print_table(columns):
     """Print a dict as a Markdown table of one row."""
     for line in (columns, ["---"] * len(columns), columns.values()):
@@ -212,7 +299,10 @@ def main():
     parser.add_argument("--count-memory", action="store_true")
     parser.add_argument("--transformer", help="with --count-memory: a class of diffusers to count instead")
     parser.add_argument("--config", help="its config.json (default: the sizes the class itself names)")
+    parser.add_argument("--full-size", action="store_true", help="a step of the command line (on a CPU, the least one)")
     arguments = vars(parser.parse_args())
+    if arguments.pop("full_size"):
+        return full_size(**arguments)
     preset, repeats = PRESETS[arguments.pop("preset")], arguments.pop("repeats")
     transformer, path = arguments.pop("transformer"), arguments.pop("config")
     if transformer:
