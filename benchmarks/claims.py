@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -59,6 +59,14 @@ METHODS = {
     "dgpo_own_noise": (functools.partial(train_step, accumulate=baselines.own_noise), {}),
     "dgpo_plain_signs": (functools.partial(train_step, accumulate=baselines.plain_signs), {}),
 }
+# What figures call them, and a change of a setting.
+NAMES = {
+    "dgpo": "DGPO", "dgpo_published": "DGPO, the authors' settings", "flow_grpo": "Flow-GRPO",
+    "flow_grpo_fast": "Flow-GRPO Fast", "diffusion_dpo": "Diffusion-DPO", "nft": "DiffusionNFT", "awm": "AWM",
+    "awm_released": "AWM as released", "dgpo_sde_rollouts": "DGPO, SDE rollouts",
+    "dgpo_own_noise": "DGPO, a noise for each image", "dgpo_plain_signs": "DGPO, plain signs",
+    "t_min=0": "no timestep clip", "clip_range=0": "no clip", "kl_weight=0": "no KL term",
+    "reference=old": "old policy as reference"}
 PEERS = ["dgpo", "dgpo_published", "flow_grpo", "flow_grpo_fast", "diffusion_dpo", "nft", "awm", "awm_released"]
 ABLATIONS = {
     "rollouts": ["dgpo", "dgpo:solver=euler", "dgpo_sde_rollouts"],
@@ -83,15 +91,20 @@ ABLATIONS = {
 TASTE = f"pickscore={ROOT / 'shapes/taste'}"
 # The first DGPO of a task is README's command; where that has a guided reference, the same with a plain one follows.
 SPELLING, GUIDED = "dgpo:t_min=0.05:num_inference_steps=10", ":reference_guidance_scale=3:kl_weight=0.1"
-# Task -> (training prompts, held-out prompts, the reward trained on and then the judges that only watch, methods).
-# Besides, all are judged by `quality`.  Flow-GRPO's last or only form is the one that came out strongest there.
+# Task -> (training prompts, held-out prompts, the reward trained on and then the judges that only watch, methods with
+# what the figure calls them).  Besides, all are judged by `quality`.  Flow-GRPO's last or only form is the one that
+# came out strongest there.
 TASKS = {
-    "composition": ("prompts.txt", "heldout.txt", ("shapes", TASTE), ("flow_grpo_fast", "dgpo", "dgpo:t_min=0")),
-    "words": ("words.txt", "words_heldout.txt", ("words", TASTE),
-              ("flow_grpo:num_inference_steps=10", "flow_grpo:sde_window=4:noise_level=1:num_inference_steps=10",
-               SPELLING + GUIDED + ":learning_rate=0.0014", SPELLING, "dgpo:t_min=0:num_inference_steps=10")),
-    "taste": ("prompts.txt", "heldout.txt", (TASTE, "shapes"),
-              ("flow_grpo_fast", "dgpo" + GUIDED, "dgpo", "dgpo:t_min=0")),
+    "composition": ("prompts.txt", "heldout.txt", ("shapes", TASTE), {
+        "flow_grpo_fast": "Flow-GRPO Fast", "dgpo": "DGPO", "dgpo:t_min=0": "DGPO, no timestep clip"}),
+    "words": ("words.txt", "words_heldout.txt", ("words", TASTE), {
+        "flow_grpo:num_inference_steps=10": "Flow-GRPO",
+        "flow_grpo:sde_window=4:noise_level=1:num_inference_steps=10": "Flow-GRPO, 4 random steps",
+        SPELLING + GUIDED + ":learning_rate=0.0014": "DGPO, guided reference", SPELLING: "DGPO",
+        "dgpo:t_min=0:num_inference_steps=10": "DGPO, no timestep clip"}),
+    "taste": ("prompts.txt", "heldout.txt", (TASTE, "shapes"), {
+        "flow_grpo_fast": "Flow-GRPO Fast", "dgpo" + GUIDED: "DGPO, guided reference", "dgpo": "DGPO",
+        "dgpo:t_min=0": "DGPO, no timestep clip"}),
 }
 PICTURED, TILE = 6, 96   # prompts of each task in the figure, and a picture's side there
 
@@ -338,21 +351,43 @@ def task_table(folder):
     return markdown(["task", "model", "seeds", *columns, "realism", "diversity"], rows)
 
 
-def join_pictures(folder):
-    """The first seed's pictures of all tasks side by side, the methods' names above their columns: a PIL image."""
-    pictures = [Image.open(folder / f"tasks-{task}-0.png") for task in TASKS]
-    gap, top = 24, 140
-    whole = Image.new("RGB", (sum(picture.width + gap for picture in pictures) - gap,
-                              max(picture.height for picture in pictures) + top), "white")
-    left = 0
-    for task, picture in zip(TASKS, pictures):
-        names = ["base", *load_results(folder, f"tasks-{task}")]
-        for i, name in enumerate(names):   # the prompts stand in the middle column
-            place = left + (i + (i >= len(names) // 2)) * picture.width // (len(names) + 1)
-            text = textwrap.fill(name.replace(":", " "), 15)
-            ImageDraw.Draw(whole).text((place + 4, 4), text, "black")
-        whole.paste(picture, (left, top))
-        left += picture.width + gap
+def title(method):
+    """What a figure calls a method with the settings that are changed."""
+    name, *changes = method.split(":")
+    words = [NAMES.get(change, change.replace("_", " ").replace("=", " ")) for change in changes]
+    return ", ".join([NAMES.get(name, name), *words])
+
+
+def panel(heading, prompts, names, grid):
+    """A heading, then prompts at the left and a column of pictures under each name: a PIL image.
+
+    grid: the pictures as `measure` returns them, a row a prompt.
+    """
+    left, top, font = 150, 76, ImageFont.load_default(13)
+    whole = Image.new("RGB", (left + TILE * len(names), top + TILE * len(prompts)), "white")
+    draw = ImageDraw.Draw(whole)
+    draw.text((0, 4), heading, "black", ImageFont.load_default(17))
+    for i, name in enumerate(names):
+        draw.text((left + TILE * i + 4, top - 4), textwrap.fill(name, 13), "black", font, "ld")
+    for i, prompt in enumerate(prompts):
+        draw.text((0, top + TILE * i + 6), textwrap.fill(prompt, 20), "black", font)
+    whole.paste(grid, (left, top))
+    return whole
+
+
+def join_pictures(folder, count=4):
+    """The first seed's pictures of each task's last `count` prompts, a panel a task: a PIL image."""
+    panels = []
+    for task, (_, held_out, (reward, *_), methods) in TASKS.items():
+        grid = Image.open(folder / f"tasks-{task}-0.png")
+        prompts = [row["prompt"] for row in load_prompts(ROOT / "shapes" / held_out)[:grid.height // TILE]][-count:]
+        names = ["before", *(methods.get(name, title(name)) for name in load_results(folder, f"tasks-{task}"))]
+        panels.append(panel(f"{task.capitalize()}: trained on the reward {reward.split('=')[0]}", prompts, names,
+                            grid.crop((0, grid.height - TILE * len(prompts), *grid.size))))
+    gap = 20
+    whole = Image.new("RGB", (max(each.width for each in panels), sum(each.height + gap for each in panels)), "white")
+    for i, each in enumerate(panels):
+        whole.paste(each, (0, sum(above.height + gap for above in panels[:i])))
     return whole
 
 
@@ -370,7 +405,7 @@ def draw(curves, path):
             n = min(len(curve) for curve in seeds)
             x = [mean(curve[i][unit] for curve in seeds) / scale for i in range(n)]
             scores = [[curve[i]["score"] for curve in seeds] for i in range(n)]
-            line, = axis.plot(x, [mean(s) for s in scores], marker=".", label=method,
+            line, = axis.plot(x, [mean(s) for s in scores], marker=".", label=title(method),
                               linewidth=2.5 if method == "dgpo" else 1.2)
             if unit != "distance":   # which goes to and fro
                 axis.fill_between(x, [min(s) for s in scores], [max(s) for s in scores], color=line.get_color(),
@@ -410,7 +445,7 @@ def main(arguments=None):
         for seed in range(args.first_seed, args.first_seed + args.seeds if args.budget else 0):
             for task in tasks:
                 path = args.output_dir / f"{f'tasks-{task}' if args.tasks else name}-{seed}.jsonl"
-                methods = chosen or (TASKS[task][3] if args.tasks else specs)
+                methods = chosen or ([*TASKS[task][3]] if args.tasks else specs)
                 if measured(path, methods, 60 * args.budget):
                     continue
                 picture = measure(methods, task, path, seed, 60 * args.budget, args.evaluations, args.eval_prompts,

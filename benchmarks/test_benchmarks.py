@@ -369,11 +369,13 @@ def test_the_comparison_measures_methods_and_draws_and_prints_them(tmp_path, cap
     assert all(f"| words | `{name}` | 1 |" in printed for name in ("base", "dgpo"))
     curve, = claims.load_results(tmp_path, "tasks-words")["dgpo"]
     assert set(curve[-1]["rewards"]) == {"words", "pickscore"}   # trained on and watching
-    picture = Image.open(tmp_path / "tasks-words-0.png")
     for task in ("composition", "taste"):
         shutil.copy(tmp_path / "tasks-words-0.png", tmp_path / f"tasks-{task}-0.png")
-    whole = claims.join_pictures(tmp_path)   # each with its heading
-    assert whole.size == (3 * picture.width + 2 * 24, picture.height + 140)
+    assert Image.open(tmp_path / "tasks-words-0.png").size == (2 * 96, 3 * 96)   # base and DGPO, three prompts
+    whole = claims.join_pictures(tmp_path, 2)   # each with prompts, its heading, and the names over the columns
+    assert whole.size == (150 + 2 * 96, 3 * (76 + 2 * 96 + 20))
+    assert claims.title("flow_grpo_fast") == "Flow-GRPO Fast"
+    assert claims.title("dgpo:t_min=0:beta=3") == "DGPO, no timestep clip, beta 3"
     with pytest.raises(SystemExit, match="unknown method 'ppo'; known: dgpo, "):
         claims.main(["--methods", "ppo", *few])
 
