@@ -576,7 +576,8 @@ def report(title, before, after, rows):
     for name in after:
         parts = [summarize(scores, rows) for scores in (before[name], after[name], after[name] - before[name])]
         parts = parts[:1] if after is before else parts
-        fell = len(parts) > 1 and -parts[2]["score"] > max(2 * parts[2]["error"], before[name].mean(1).std(correction=0).item() / 3)
+        spread = before[name].mean(1).std(correction=0).item()
+        fell = len(parts) > 1 and -parts[2]["score"] > max(2 * parts[2]["error"], spread / 3)
         columns = [*(part["score"] for part in parts), parts[-1]["error"]]
         lines.append(f"{name[-30:]:30}" + "".join(f"{number:10.3f}" for number in columns) + "   fell" * fell)
         now = summarize(after[name], rows)

@@ -429,6 +429,9 @@ def test_paths_of_rewards_are_made_absolute(tmp_path, monkeypatch):
 
 
 def test_the_rewards_of_this_repository_keep_their_module_names_from_any_folder(tmp_path):
+    for name in ("adapters", "shapes"):   # packages of these names that are installed, as there are some
+        (tmp_path / "installed" / name).mkdir(parents=True)
+        (tmp_path / "installed" / name / "__init__.py").write_text("")
     code = f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})   # as `python {ROOT}/dgpo.py` does
@@ -441,7 +444,8 @@ def test_the_rewards_of_this_repository_keep_their_module_names_from_any_folder(
         assert 'world' not in sys.modules and rewards.load_function({str(ROOT / "shapes/world.py:words")!r}, 'cpu')
         assert 'world' not in sys.modules and {{'adapters.geneval', 'adapters.ocr'}} <= {{*sys.modules}}
         assert not {{'transformers', 'diffusers'}} & {{*sys.modules}}, 'finding rewards imports models'"""
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 def test_jpeg_rewards_are_file_sizes_of_opposite_sign(tmp_path):
@@ -645,7 +649,8 @@ def test_a_tokenizers_length_is_bounded_as_texts_may_be_padded_to_it(judges, tmp
 MODELS = [("clipscore", ".", "visual_projection.weight"), ("geneval", "clip", "logit_scale"),
           ("geneval", "detector", "class_predictor.bias"), ("ocr", "detector", "conv_down"),
           ("ocr", "recognizer", "head"), ("vlm", ".", "self_attn.o_proj.weight"),
-          ("pipeline", "transformer", "proj_out.weight"), ("pipeline", "vae", "decoder.conv_in.weight"), ("pipeline", "text_encoder", "text_projection.weight")]
+          ("pipeline", "transformer", "proj_out.weight"), ("pipeline", "vae", "decoder.conv_in.weight"),
+          ("pipeline", "text_encoder", "text_projection.weight")]
 
 
 @pytest.mark.parametrize("fault, sentence", [
@@ -671,7 +676,7 @@ def test_weights_that_are_missing_left_over_or_not_finite_are_refused(
 
 
 def test_a_batch_normalisations_running_means_are_weights_too(ocr_folder, tmp_path):
-    for kind, sentence in (("missing", "it has no weights for .*running_"), ("nan", "numbers are finite in .*running_")):
+    for kind, sentence in (("missing", "has no weights for .*running_"), ("nan", "numbers are finite in .*running_")):
         folder = shutil.copytree(ocr_folder, tmp_path / kind)
 
         def spoil(weights):
@@ -732,10 +737,13 @@ def test_no_code_of_a_models_folder_is_run_and_nobody_is_asked(judges, tmp_path,
     load_pipeline(folder, torch.float32) if name == "pipeline" else load_reward(f"{name}={folder}")
     assert not mark.exists() and sys.stdin.tell() == 0
     # A type that the library does not know could only come from there.
-    for path in folder.rglob("config.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "evil"}))
-    with contextlib.suppress(UserError):
-        load_pipeline(folder, torch.float32) if name == "pipeline" else load_reward(f"{name}={folder}")
+    for path in folder.rglob("*config.json"):
+        text = path.read_text()
+        kinds = ("model_type", "tokenizer_class", "processor_class", "image_processor_type", "architectures")
+        path.write_text(json.dumps(json.loads(text) | dict.fromkeys(kinds, "Evil")))
+        with contextlib.suppress(UserError, ValueError):
+            load_pipeline(folder, torch.float32) if name == "pipeline" else load_reward(f"{name}={folder}")
+        path.write_text(text)
     if name == "pipeline":
         index = json.loads((folder / "model_index.json").read_text())
         (folder / "model_index.json").write_text(json.dumps(index | {"scheduler": ["evil", "Evil"]}))

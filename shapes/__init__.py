@@ -1,0 +1,1 @@
+"""The embedded world: its sentences and pictures, its model and its judges."""
