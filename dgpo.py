@@ -33,6 +33,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)   # Ctrl-C while the libraries load ends without their tracebacks
 
 import argparse
+import atexit
 import dataclasses
 import importlib
 import io
@@ -198,6 +199,7 @@ class Config:
     ema_decay: float = setting(0.98, "EMA decay, an update, of the exported weights", paper=0.987, low=0, high=1)
     batch_size: int = setting(96, "images drawn, and samples trained on, at once; changes memory alone", paper=24)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory", paper=True)
+    compile: bool = setting(False, "torch.compile the transformer's blocks: 1.7 times as fast on an H200")
     offload: bool = setting(False, "keep text encoders and VAE in main memory while they are not used")
     eval_every: int = setting(50, "steps between evaluations on held-out prompts", group="evaluation and saving")
     eval_prompts: int = setting(144, "how many of the held-out prompts are used at most, 0: all", paper=100, low=0)
@@ -297,8 +299,7 @@ def optimizer_step(model, optimizer, done, config):
 def update(model, optimizer, x0, prompts, advantages, generators, done, config, accumulate=accumulate_gradients):
     """All optimizer steps on one rollout, the run's `done + 1`-th and on.  Returns sums over rows: dict of floats.
 
-    x0: [P, G, C, H, W]; P prompts; advantages: [P, G]; P generators, of timesteps and noises; accumulate: the update
-    rule, in whose place benchmarks/baselines.py puts those of other methods."""
+    x0: [P, G, C, H, W]; P prompts; advantages: [P, G]; P generators; accumulate: the rule, DGPO's or another's."""
     M, steps, sums, norm = config.timesteps_per_rollout, config.updates_per_rollout, {}, 0.0
     useful, m = (advantages != 0).any(1).nonzero()[:, 0].tolist(), M // steps   # groups with signal, m timesteps a step
     sigma = [draw_timesteps(M, config.t_min, model.shift, generators[g]) for g in useful]          # [M] each
@@ -324,9 +325,7 @@ def rows_of_step(rows, step, config):
 
 def draw_and_score(model, judges, rows, size, seeds, num_steps, policy, config):
     """Draw `size` images for each of P rows and score them: (x0, images, dict name -> dict term -> scores [P, size]).
-
-    judges: dict name -> reward of rewards.load_reward.  Of many processes each draws for its own rows alone, whose x0
-    and images it returns, and all get all scores."""
+    judges: dict name -> reward.  Of many processes each draws for its own rows, and all get all scores."""
     mine = own(len(rows))
     generators = [seeded(*seeds, i) for i in range(len(rows))][mine]
     x0, *drawn = rollout(model, rows[mine], size, generators, num_steps, policy, config)
@@ -406,23 +405,23 @@ class LoRA(nn.Module):
 
     def __init__(self, transformer, rank, targets, seed=0):
         super().__init__()
-        transformer.requires_grad_(False)
-        self.layers = {name: layer for name, layer in transformer.named_modules()
+        self.layers = {name: layer for name, layer in transformer.requires_grad_(False).named_modules()
                        if isinstance(layer, nn.Linear) and name.endswith(tuple("." + target for target in targets))}
+        if not self.layers:
+            raise ValueError(f"none of its linear layers is one of {', '.join(targets)}")
         self.policies = nn.ModuleDict({"base": nn.ParameterList(), "frozen": nn.ParameterList()})
-        generator, weights = torch.Generator().manual_seed(seed), []
+        generator, self.device, weights = torch.Generator().manual_seed(seed), transformer.device, []
         for layer in self.layers.values():
             layer.register_forward_hook(add_lora)
             # As in the LoRA paper, `down` is Gaussian and `up` zero: every policy starts as the base model.
             weights += [draw_noise([generator] * rank, layer.in_features) / rank, torch.zeros(layer.out_features, rank)]
         self.start(weights, "current", "old", "ema")
+        self.select("current")
 
     def start(self, weights, *policies):
         """Let policies begin with [down [rank, in], up [out, rank], ...], in fp32: AdamW's steps are below bf16's."""
-        devices = [layer.weight.device for layer in self.layers.values() for _ in "AB"]
         for policy in policies:
-            self.policies[policy] = nn.ParameterList(
-                t.to(device, torch.float32, copy=True) for t, device in zip(weights, devices, strict=True))
+            self.policies[policy] = nn.ParameterList(t.to(self.device, torch.float32, copy=True) for t in weights)
             self.policies[policy].requires_grad_(policy == "current")
 
     def weights(self, policy):
@@ -466,9 +465,7 @@ class LoRA(nn.Module):
 
 def load_model(config):
     """The model of --model, a folder (no hub is asked) or a hub id, ready for the loop.  Raises UserError."""
-    hint = " (of a hub: accept its licence on its page, run `hf auth login`)" * (not os.path.isdir(config.model))
-    with blame(f"--model {config.model} cannot be loaded{hint}"):
-        pipe = load_pipeline(config.model, getattr(torch, config.dtype))
+    pipe = load_pipeline(config.model, getattr(torch, config.dtype))
     with blame(f"--model {config.model}, a {type(pipe).__name__}, does not fit"):
         if type(pipe).__name__ == "StableDiffusion3Pipeline" and not pipe.scheduler.config.get("use_dynamic_shifting"):
             return SD3(pipe, config)
@@ -489,6 +486,8 @@ class SD3:
         self.lora = LoRA(self.transformer, config.lora_rank, self.lora_targets, config.seed)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
+        if config.compile:
+            self.transformer.compile_repeated_blocks()
         shape, factor = self.transformer.config, 2 ** (len(self.vae.config.block_out_channels) - 1)
         step = shape.patch_size * factor
         if config.resolution % step or config.resolution > step * shape.pos_embed_max_size:
@@ -625,8 +624,8 @@ class Run:
                                   resume="allow" if config.resume else "never")
         if (metrics := self.folder / "metrics.jsonl").exists():   # a killed run has logged and tracked more than saved
             self.tracked = metrics.read_bytes().count(b"\n")
-        commit = os.popen(f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty 2>&1").read().strip()
-        write(self.folder / "config.json", json.dumps({**vars(config), "commit": commit}, indent=2).encode())
+        commit = os.popen(f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty 2>/dev/null").read()
+        write(self.folder / "config.json", json.dumps({**vars(config), "commit": commit.strip()}, indent=2).encode())
         write(metrics, b"".join(json.dumps(line).encode() + b"\n" for line in self.lines))
 
     def log(self, values, **pictures):
@@ -681,9 +680,8 @@ def gather(function):
     shares = [share] * processes()[1]
     if len(shares) > 1:
         dist.all_gather_object(shares, share)
-    for share in shares:
-        if isinstance(share, UserError):
-            raise share
+    for error in (share for share in shares if isinstance(share, UserError)):
+        raise error
     return shares
 
 def sum_over_processes(weights):
@@ -763,9 +761,9 @@ def prepare(config):
         model.lora.load(config.lora)
     calls = config.num_inference_steps * (1 + (config.guidance_scale > 1)) + config.timesteps_per_rollout * (
         4 + (config.reference_guidance_scale > 1))   # an image's; trained on: reference, old, current there and back
-    print(f"{len(model.lora.layers)} LoRA layers on {config.device} in {config.dtype}; a step: "
-          f"{config.groups_per_step} of {len(rows)} prompts x {config.group_size} images, {config.updates_per_rollout} optimizer steps, {calls} "
-          f"transformer evaluations an image; writing to {config.output_dir}\nevaluated on {len(held_out)} "
+    print(f"{len(model.lora.layers)} LoRA layers on {config.device} in {config.dtype}; writing to {config.output_dir}\n"
+          f"a step: {config.groups_per_step} of {len(rows)} prompts x {config.group_size} images x {calls} transformer "
+          f"evaluations, {config.updates_per_rollout} optimizer steps; evaluated on {len(held_out)} "
           f"{'held-out prompts' if config.eval_prompt_file else 'prompts that are TRAINED ON'}", flush=True)
     return model, {reward.name: reward, **{j.name: j for j in judges if j.name != reward.name}}, rows, held_out
 
@@ -783,10 +781,9 @@ def main(arguments=None):
         if isinstance(error, SystemExit) and folder is None:   # argparse's, after --help or its own sentence
             return error.code
         code = {UserError: 2, KeyboardInterrupt: 130}.get(type(error), 1)
-        message = str(error) if code == 2 else f"{type(error).__name__}: {error}"
+        message = {2: str(error), 130: "interrupted"}.get(code, f"{type(error).__name__}: {error}")
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in message:
-            message = ("out of memory: lower --batch-size, --group-size, --resolution or --lora-rank, or give "
-                       "--gradient-checkpointing or --offload")
+            message = "out of memory: lower --batch-size, --group-size, --resolution, or give --gradient-checkpointing"
         elif code == 1 and not isinstance(error, OSError):   # what nobody foresaw, on any of the processes
             traceback.print_exc(file=sys.__stderr__)
     if code != 2 and folder and (folder / "checkpoint.pt").exists():
@@ -797,5 +794,6 @@ def main(arguments=None):
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     exit_code = main()
+    atexit._run_exitfuncs()   # by which trackers end
     print(end="", flush=True)
     os._exit(exit_code)   # one of many processes would first end its group, which can wait for ever for gloo's threads

@@ -161,20 +161,22 @@ def load_pretrained(kind, path, device=None, dtype=None, **where):
 
 
 def load_pipeline(path, dtype):
-    """A pipeline of diffusers, a folder (no hub is asked) or a hub id, on the CPU; its VAE in float32."""
+    """A pipeline of diffusers, a folder (no hub is asked) or hub id, on the CPU; its VAE in float32.  Raises UserError."""
     import diffusers
     local, parts = os.path.isdir(path), {}
-    for name, value in diffusers.DiffusionPipeline.load_config(path, local_files_only=local).items():
-        library, kind = value if isinstance(value, (list, tuple)) and len(value) == 2 else ("", "")
-        if library is None:
-            parts[name] = None   # from_pretrained wants to be told what is left out
-            continue
-        own = getattr(diffusers.pipelines, str(library), None)   # of parts that belong to one pipeline alone
-        module = importlib.import_module(library) if library in ("diffusers", "transformers") else own
-        if kind := getattr(module, str(kind), None):   # one by one, as what is missing would be made up
-            device = "cpu" if issubclass(kind, torch.nn.Module) else None
-            parts[name] = load_pretrained(kind, path, device, torch.float32 if name == "vae" else dtype, subfolder=name)
-    return diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=local, **parts)
+    hint = "" if local else " (for a hub id: accept the licence on its page, run `hf auth login`, check the network)"
+    with blame(f"--model {path} cannot be loaded{hint}"):
+        for name, value in diffusers.DiffusionPipeline.load_config(path, local_files_only=local).items():
+            library, kind = value if isinstance(value, (list, tuple)) and len(value) == 2 else ("", "")
+            if library is None:
+                parts[name] = None   # from_pretrained wants to be told what is left out
+                continue
+            own = getattr(diffusers.pipelines, str(library), None)   # of parts that belong to one pipeline alone
+            module = importlib.import_module(library) if library in ("diffusers", "transformers") else own
+            if kind := getattr(module, str(kind), None):   # one by one, as what is missing would be made up
+                device, kept = "cpu" if issubclass(kind, torch.nn.Module) else None, torch.float32
+                parts[name] = load_pretrained(kind, path, device, kept if name == "vae" else dtype, subfolder=name)
+        return diffusers.DiffusionPipeline.from_pretrained(path, local_files_only=local, **parts)
 
 
 def load_lora(path):
