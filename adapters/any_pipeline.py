@@ -7,14 +7,23 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch.utils._pytree import tree_map_only
 
-from adapters.refusals import try_out
+from adapters.refusals import look_at, refuse, try_out
 from dgpo import LoRA, shift_time
-from rewards import blame
 
 
-def plain_shift(scheduler):
-    """Temporary."""
-    return True
+def shift_of(sigmas):
+    """The time shift of a scheduler's own noise levels [steps + 1], falling to 0.  Raises ValueError if there is none.
+
+    It divides the odds (1 - t) / t by itself, so three t in equal steps give it, whatever the first and last t are.
+    """
+    own = sigmas[:-1].double()
+    middle = (len(own) - 1) // 2
+    a, b, c = (1 / own - 1)[[0, middle, 2 * middle]]
+    shift = (a + c - 2 * b) / (b * (a + c) - 2 * a * c)
+    grid = shift_time(torch.linspace(*shift_time(own[[0, -1]], 1 / shift), len(own), dtype=torch.float64), shift)
+    refuse([(own[0] > 0.99 and sigmas[-1] == 0, f"its noise goes from {own[0]:.3f} to {sigmas[-1]:.3f}, not 1 to 0"),
+            (shift > 0 and (grid - own).abs().max() < 1e-3, "its noise levels are not equal steps under a time shift")])
+    return shift.item()
 
 
 class AnyPipeline:
@@ -26,37 +35,47 @@ class AnyPipeline:
         "attn.to_out", "to_query", "to_key", "to_value", "out_layer", "img_qkv_proj", "txt_kv_proj")
 
     def __init__(self, pipe, config):
-        """Take a pipeline: the model goes to the device and is tried once.  Raises UserError where it does not fit."""
+        """Take a pipeline: the model goes to the device and is tried once.  Raises whatever does not fit."""
         self.pipe, self.config, self.device = pipe, config, torch.device(config.device)
+        self.rest = torch.device("cpu") if config.offload else self.device
         self.texts, self.forms = {}, {False}   # unguided; guided too, once that is asked for
-        with blame(f"--model: {type(pipe).__name__} does not fit"):
-            modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-            parts = torch.nn.ModuleList(modules).requires_grad_(False).eval()
-            self.transformer, self.vae = pipe.transformer.to(self.device), pipe.vae.to(self.device, torch.float32)
-            self.encoders = torch.nn.ModuleList(part for part in parts if part not in (self.transformer, self.vae))
-            self.lora = LoRA(self.transformer, config.lora_rank, self.lora_targets, config.seed)
-            if config.gradient_checkpointing:
-                self.transformer.enable_gradient_checkpointing()
-            # Guidance is an input of some models; for the others, 1 or 0 switches it off.
-            self.takes, pipe._guidance_scale = inspect.signature(type(pipe).__call__).parameters, 1.0
-            self.no_guidance = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
-            self.take_over(pipe, pipe.scheduler, pipe.scheduler.config)
-            self.latent_shape = try_out(self)
+        self.takes = inspect.signature(type(pipe).__call__).parameters
+        look_at(pipe, self.takes)
+        pipe._guidance_scale = 1.0   # guidance is an input of some models; for the others, 1 or 0 switches it off
+        self.no_guidance = 0.0 if getattr(pipe, "do_classifier_free_guidance", False) else 1.0
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        parts = torch.nn.ModuleList(modules).requires_grad_(False).eval()
+        self.transformer, self.vae = pipe.transformer.to(self.device), pipe.vae.to(self.rest, torch.float32)
+        self.encoders = torch.nn.ModuleList(part for part in parts if part not in (self.transformer, self.vae))
+        self.lora = LoRA(self.transformer, config.lora_rank, self.lora_targets, config.seed)
+        self.own = self.shift = None
+        self.take_over(pipe, pipe.scheduler, pipe.scheduler.config.num_train_timesteps)
+        self.latent_shape = try_out(self)
 
-    def take_over(self, pipe, scheduler, config):
+    def read_schedule(self):
+        """Find the time shift in the pipeline's own schedule, and the one of timesteps.  Raises ValueError."""
+        refuse([(self.own, "it does not ask its scheduler for noise levels")])
+        sigmas, times = self.own
+        self.shift = shift_of(sigmas)
+        # CogView4's timesteps are not its sigmas but the times before their shift; a solver's are whole numbers.
+        fitting = [undo for undo in (1.0, 1 / self.shift) if times.shape == sigmas[:-1].shape
+                   and (shift_time(sigmas[:-1], undo) - times).abs().max() <= 1e-3]
+        refuse([(fitting, "its timesteps are not those of its noise levels")])
+        self.undo = fitting[0]
+
+    def take_over(self, pipe, scheduler, steps):
         """Put our four methods in the place of the pipeline's and its scheduler's."""
         pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"_execution_device": self.device})   # no encoder's
         pipe.set_progress_bar_config(disable=True)
         encode, prepare, set_timesteps = pipe.encode_prompt, pipe.prepare_latents, scheduler.set_timesteps
 
         def expand(part):   # one image's [1, L, D], or [layers, 1, L, D]; text_ids [L, 3] serve them all
-            part = part.to(self.device)
             return part.repeat_interleave(self.count, part.shape.index(1)) if 1 in part.shape[:2] else part
 
         def give_text(*args, **kwargs):
             turn = next(self.turns)   # some pipelines ask twice, the second time for the empty prompt's
             if turn == len(self.text):
-                self.text.append(tree_map_only(torch.Tensor, torch.Tensor.cpu, encode(*args, **kwargs)))
+                self.text.append(encode(*args, **kwargs))
             return tree_map_only(torch.Tensor, expand, self.text[turn])
 
         def give_x(*args, **kwargs):
@@ -66,16 +85,12 @@ class AnyPipeline:
             return (x, *others) if others else x
 
         def give_sigma(*args, **kwargs):
-            set_timesteps(*args, **kwargs)   # the pipeline's own schedule, from which we read
-            own, steps = scheduler.timesteps, config.num_train_timesteps
-            self.shift = config.get("flow_shift", config.get("shift", 1.0))
-            if config.get("use_dynamic_shifting"):
-                self.shift = kwargs["mu"] if config.get("time_shift_type") == "linear" else torch.e ** kwargs["mu"]
-            # CogView4's timesteps are not its sigmas but the times before their shift.
-            early = (own.cpu() - steps * scheduler.sigmas[:len(own)].cpu()).abs().max() > 1
+            if self.own is None:   # the pipeline asks for its own schedule of a rollout, once
+                set_timesteps(*args, **kwargs)
+                self.own, self.form = (scheduler.sigmas.cpu(), scheduler.timesteps.cpu() / steps), scheduler.timesteps
             sigmas = [] if self.sigma is None else [self.sigma]   # without any, the pipeline takes no step
-            times = [steps * (shift_time(sigma, 1 / self.shift) if early else sigma) for sigma in sigmas]
-            scheduler.sigmas, scheduler.timesteps = torch.tensor([*sigmas, 0.0]), torch.tensor(times).to(own)
+            times = [steps * shift_time(sigma, self.undo) for sigma in sigmas]
+            scheduler.sigmas, scheduler.timesteps = torch.tensor([*sigmas, 0.0]), torch.tensor(times).to(self.form)
 
         def keep_velocity(velocity, timestep, sample, *args, **kwargs):
             self.kept = velocity.float()
@@ -94,7 +109,7 @@ class AnyPipeline:
             "prompt": prompt, "negative_prompt": "" if guided else None, "height": side, "width": side, "num_frames": 1,
             "guidance_scale": scale, "true_cfg_scale": scale, "distilled_guidance_scale": scale,
             "num_images_per_prompt": self.count, "num_videos_per_prompt": self.count, "use_resolution_binning": False,
-            "num_inference_steps": self.config.num_inference_steps, "generator": torch.Generator(self.device),
+            "num_inference_steps": max(4, self.config.num_inference_steps), "generator": torch.Generator(self.device),
             "max_sequence_length": self.config.max_sequence_length or None, "output_type": output_type}
         arguments = {key: value for key, value in arguments.items() if key in self.takes and value is not None}
         drawn = inspect.unwrap(type(self.pipe).__call__)(self.pipe, **arguments)[0]
@@ -102,14 +117,14 @@ class AnyPipeline:
 
     @torch.no_grad()
     def encode(self, prompts):
-        """Encode the prompts that are not remembered yet, keep them in main memory, and forget all others."""
+        """Encode the prompts that are not remembered yet, and forget all others."""
         self.texts = {prompt: self.texts.get(prompt, {}) for prompt in prompts}
         missing = [(prompt, form) for prompt, have in self.texts.items() for form in self.forms if form not in have]
         if missing:
             self.encoders.to(self.device)
             for prompt, guided in missing:
                 self.run(prompt, guided, 1.0 + guided)
-            self.encoders.to("cpu")
+            self.encoders.to(self.rest)
 
     def velocity(self, x, sigma, prompts, policy, guidance_scale=1.0):
         """The policy's velocity at x [B, ...] for B prompts, float32 like x; sigma: a number, 0-d, or [B]."""
@@ -129,5 +144,7 @@ class AnyPipeline:
     def decode(self, x0):
         """Latents [B, ...] -> list of B PIL images."""
         parts = x0.split(max(1, 2 ** 21 // (self.config.resolution or 1024) ** 2))
+        self.vae.to(self.device)
         drawn = [image for part in parts for image in self.run(next(iter(self.texts)), x=part, output_type="pil")]
+        self.vae.to(self.rest)
         return [frame for image in drawn for frame in (image if isinstance(image, list) else [image])]

@@ -360,7 +360,7 @@ def test_the_exported_lora_draws_the_same_with_diffusers_alone(name, folders, tm
     if name in NO_LORA_LOADER:
         pytest.skip("diffusers has no load_lora_weights for this family")
     randomize(model)
-    model.lora.export(tmp_path)
+    model.lora.export(tmp_path, 1)
     plain.load_lora_weights(tmp_path)
     noise, steps, picture, sigmas = own_call(plain, FAMILIES[name], PROMPTS[1], 1.0)
     with torch.no_grad():
@@ -380,7 +380,8 @@ def test_sd3_through_the_adapter_is_dgpos_own_sd3():
     parts = {"text_encoder_3": None, "tokenizer_3": None}
     ours, theirs = (kind(diffusers.StableDiffusion3Pipeline.from_pretrained(MODEL, **parts), config)
                     for kind in (AnyPipeline, SD3))
-    assert (ours.latent_shape, ours.shift, ours.device) == (theirs.latent_shape, theirs.shift, theirs.device)
+    assert (ours.latent_shape, ours.device) == (theirs.latent_shape, theirs.device)
+    assert ours.shift == pytest.approx(theirs.shift, rel=1e-5)
     assert list(ours.lora.layers) == list(theirs.lora.layers)
     for each in (ours, theirs):
         randomize(each, "current")
