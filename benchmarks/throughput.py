@@ -227,8 +227,8 @@ def save_pipeline(folder, preset):
         tokenizer_3=T5Tokenizer(vocab=letters, extra_ids=0)).save_pretrained(folder)
 
 
-def full_size(preset, device, groups_per_step, group_size, batch_size, **_):
-    """One step of dgpo.py's own command line on a pipeline of the preset's size; prints what it says and took."""
+def full_size(preset, device, groups_per_step, group_size, batch_size, flags, **_):
+    """dgpo.py's own command line on a pipeline of the preset's size; prints what it says and its last step took."""
     if device == "cpu":   # the smallest step that has everything in it
         few = ("--groups-per-step 1 --group-size 2 --num-inference-steps 2 --timesteps-per-rollout 1 --batch-size 2 "
                "--eval-num-inference-steps 1").split()
@@ -272,7 +272,7 @@ def full_size(preset, device, groups_per_step, group_size, batch_size, **_):
         code = dgpo.main([
             "--model", f"{place}/model", "--prompt-file", f"{place}/prompts.txt", "--output-dir", f"{place}/run",
             "--reward", "jpeg_compressibility", "--steps", "1", "--eval-prompts", "1", "--eval-images", "1",
-            "--device", device, "--resolution", resolution, *few])
+            "--device", device, "--resolution", resolution, *few, *flags.split()])
         if code:
             sys.exit(code)
     print_table({**found, "of the program, GB":
@@ -299,11 +299,13 @@ def main():
     parser.add_argument("--count-memory", action="store_true")
     parser.add_argument("--transformer", help="with --count-memory: a class of diffusers to count instead")
     parser.add_argument("--config", help="its config.json (default: the sizes the class itself names)")
+    parser.add_argument("--flags", default="", help="more of dgpo.py's, with --full-size: '--compile --steps 3'")
     parser.add_argument("--full-size", action="store_true", help="a step of the command line (on a CPU, the least one)")
     arguments = vars(parser.parse_args())
     if arguments.pop("full_size"):
         return full_size(**arguments)
     preset, repeats = PRESETS[arguments.pop("preset")], arguments.pop("repeats")
+    arguments.pop("flags")
     transformer, path = arguments.pop("transformer"), arguments.pop("config")
     if transformer:
         print_table({name: f"{size:.3g}" for name, size in count_transformer(transformer, path).items()})
