@@ -195,7 +195,7 @@ class Config:
     old_decay: float = setting(0.5, "EMA decay, an update, of the old policy", paper=0.3, low=0, high=1)
     old_decay_ramp: float = setting(1.0, "... but at most this times the updates so far", paper=1e-3, low=0)
     learning_rate: float = setting(7e-4, "AdamW's learning rate", paper=3e-4, low=1e-12, group="optimisation")
-    lora_rank: int = setting(32, "LoRA rank; alpha is twice the rank", paper=64)
+    lora_rank: int = setting(32, "LoRA rank; alpha is twice the rank", paper=64, high=4096)
     ema_decay: float = setting(0.98, "EMA decay, an update, of the exported weights", paper=0.987, low=0, high=1)
     batch_size: int = setting(96, "images drawn, and samples trained on, at once; changes memory alone", paper=24)
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory", paper=True)
@@ -486,8 +486,9 @@ class SD3:
         self.lora = LoRA(self.transformer, config.lora_rank, self.lora_targets, config.seed)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
-        if config.compile:
-            self.transformer.compile_repeated_blocks()
+        for block in self.transformer.transformer_blocks if config.compile else ():
+            block.compile(dynamic=False)   # one graph for each policy, batch size and kind of block
+            torch._dynamo.config.recompile_limit = 64
         shape, factor = self.transformer.config, 2 ** (len(self.vae.config.block_out_channels) - 1)
         step = shape.patch_size * factor
         if config.resolution % step or config.resolution > step * shape.pos_embed_max_size:

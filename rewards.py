@@ -161,7 +161,7 @@ def load_pretrained(kind, path, device=None, dtype=None, **where):
 
 
 def load_pipeline(path, dtype):
-    """A pipeline of diffusers, a folder (no hub is asked) or hub id, on the CPU; its VAE in float32.  Raises UserError."""
+    """A pipeline of diffusers, of a folder or a hub, on the CPU; its VAE in float32.  Raises UserError."""
     import diffusers
     local, parts = os.path.isdir(path), {}
     hint = "" if local else " (for a hub id: accept the licence on its page, run `hf auth login`, check the network)"
