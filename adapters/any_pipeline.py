@@ -54,7 +54,6 @@ class AnyPipeline:
 
     def read_schedule(self):
         """Find the time shift in the pipeline's own schedule, and the one of timesteps.  Raises ValueError."""
-        refuse([(self.own, "it does not ask its scheduler for noise levels")])
         sigmas, times = self.own
         self.shift = shift_of(sigmas)
         # CogView4's timesteps are not its sigmas but the times before their shift; a solver's are whole numbers.
@@ -65,7 +64,8 @@ class AnyPipeline:
 
     def take_over(self, pipe, scheduler, steps):
         """Put our four methods in the place of the pipeline's and its scheduler's."""
-        pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"_execution_device": self.device})   # no encoder's
+        devices = dict.fromkeys(("_execution_device", "device"), self.device)   # no part's that waits elsewhere
+        pipe.__class__ = type(type(pipe).__name__, (type(pipe),), devices)
         pipe.set_progress_bar_config(disable=True)
         encode, prepare, set_timesteps = pipe.encode_prompt, pipe.prepare_latents, scheduler.set_timesteps
 
@@ -110,7 +110,8 @@ class AnyPipeline:
             "guidance_scale": scale, "true_cfg_scale": scale, "distilled_guidance_scale": scale,
             "num_images_per_prompt": self.count, "num_videos_per_prompt": self.count, "use_resolution_binning": False,
             "num_inference_steps": max(4, self.config.num_inference_steps), "generator": torch.Generator(self.device),
-            "max_sequence_length": self.config.max_sequence_length or None, "output_type": output_type}
+            "max_sequence_length": self.config.max_sequence_length or None, "output_type": output_type,
+            "enable_prompt_rewrite": False}
         arguments = {key: value for key, value in arguments.items() if key in self.takes and value is not None}
         drawn = inspect.unwrap(type(self.pipe).__call__)(self.pipe, **arguments)[0]
         return drawn if sigma is None else self.kept
