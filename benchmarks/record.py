@@ -29,7 +29,8 @@ LEVELS = (0.85, 0.9, 0.95)
 @torch.no_grad()
 def bare_forwards(model, prompts, count=20):
     """Seconds of 1,000 forward passes of the transformer alone over 96 latents, from `count` of them."""
-    x, sigma = torch.randn(96, *model.latent_shape), torch.full((96,), 500.0)
+    x = torch.randn(96, *model.latent_shape, device=model.device)
+    sigma = torch.full((96,), 500.0, device=model.device)
     model.encode(prompts)
     embeddings = model.embeddings((prompts * 96)[:96])
     model.lora.select("frozen")

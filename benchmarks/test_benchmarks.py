@@ -412,7 +412,8 @@ def test_every_command_of_the_readme_is_one_that_its_file_takes(tmp_path, monkey
     monkeypatch.setattr(claims, "draw", lambda curves, path: None)   # slow, and drawn above
     shutil.copytree(folder / "results", tmp_path / "results")
     commands = re.findall(r"python benchmarks/(\w+)\.py([^`\n#]*)", (folder / "README.md").read_text())
-    assert {name for name, _ in commands} == {"claims", "record", "ocr", "kill", "scaling", "throughput"}
+    assert {name for name, _ in commands} == {
+        "claims", "record", "ocr", "kill", "scaling", "throughput", "trials", "gpu"}
     for name, flags in dict.fromkeys(commands):
         if name == "claims":   # made to print what was measured before and to measure nothing
             claims.main([*shlex.split(flags), "--budget", "0", "--output-dir", str(tmp_path / "results")])

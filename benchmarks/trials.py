@@ -2,6 +2,7 @@ r"""What might make the default job faster: one change a row, each with the same
 
     python benchmarks/trials.py --only default --seed 0     # measure one; adds to results/trials.jsonl
     python benchmarks/trials.py --seed 0                    # ... or what is still missing of a seed
+    python benchmarks/trials.py --seed 0 --device cuda --results FILE   # whose seconds are the host's alone
     python benchmarks/trials.py                             # only print what was measured before
 
 A trial is a method of claims.py, or one of the classes below: a run with one thing of its own.
@@ -147,6 +148,7 @@ def main(arguments=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", type=int, help="measure this one")
     parser.add_argument("--only", choices=TRIALS, help="... of this trial alone")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=125)
     parser.add_argument("--every", type=int, default=25, help="steps between evaluations")
     parser.add_argument("--eval-prompts", type=int, help="only the first N held-out prompts")
@@ -156,7 +158,8 @@ def main(arguments=None):
         if any((run["method"], run["seed"]) == (name, args.seed) for run in read_lines(args.results)):
             continue
         spec, kind = TRIALS[name]
-        run = record.measure(spec, args.seed, args.steps, args.every, args.eval_prompts, kind)
+        run = record.measure(spec, args.seed, args.steps, args.every, args.eval_prompts,
+                             lambda *rest: kind(*rest[:-1], {"device": args.device}))
         with open(args.results, "a") as file:
             file.write(json.dumps({**run, "method": name, "settings": spec}) + "\n")
     if runs := read_lines(args.results):
