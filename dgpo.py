@@ -34,10 +34,10 @@ if __name__ == "__main__":
 
 import argparse
 import atexit
+import contextlib
 import dataclasses
 import importlib
 import io
-import itertools
 import json
 import math
 import os
@@ -84,7 +84,6 @@ def ode_sigmas(num_steps, shift, solver="euler"):
 
 def sample_ode(velocity, noise, sigmas, solver="euler"):
     """Integrate dx/dsigma = velocity(x, sigma) from noise to data.
-
     velocity: callable (x [B, ...], sigma a 0-d tensor) -> [B, ...]; noise: [B, ...] on any device; sigmas: [steps + 1],
     falling, on the CPU.  solver: "euler", or "dpm++2m", DPM-Solver++ for flows: second-order multistep on the data
     prediction x0 = x - sigma v in lambda = log((1 - sigma) / sigma) (arXiv 2211.01095).  Both are deterministic."""
@@ -115,7 +114,6 @@ def draw_timesteps(count, t_min, shift, generator=None):
 # ---- GROUP PREFERENCES: advantages (Eq. 12-14), loss (Eq. 17), clip ------------------------------------------------
 def group_advantages(rewards, std="group", max_advantage=5.0):
     """A = (r - mean) / std (Eq. 12): rewards [P, G] -> advantages [P, G], clamped to +-max_advantage.
-
     The mean is the group's; the (population) std the group's or, with std="batch", that of all rewards.  A group whose
     rewards are all equal says nothing and gets exactly zero.  In float64, as PickScores differ by little."""
     r = rewards.double()
@@ -127,7 +125,6 @@ def group_advantages(rewards, std="group", max_advantage=5.0):
 
 def dgpo_loss(error, ref_error, advantages, beta):
     """The DGPO objective -log sigmoid(-S) (Eq. 17), divided by beta: all [P, G] -> a scalar, the mean over groups.
-
     error, ref_error: *mean* squared velocity errors of the current and the reference model.  The gradient flows through
     `error` alone; for error_i of a group it is sigmoid(S) A_i / (G P): beta acts inside the sigmoid only.  For G = 2
     and advantages +1, -1 this is Diffusion-DPO with beta/2."""
@@ -136,7 +133,6 @@ def dgpo_loss(error, ref_error, advantages, beta):
 
 def clip_error(error, old_error, advantages, clip_range):
     """PPO-style clip, all [P, G]: (the same errors, without gradient where a sample moved far enough; where: bool).
-
     With ratio = exp(old_error - error): A > 0 at ratio > 1 + clip_range, A < 0 at ratio < 1 - clip_range.  The error of
     a rejected sample can grow without bound, and would; values stay, so S keeps its meaning."""
     ratio = torch.exp(old_error.detach() - error.detach())
@@ -172,7 +168,7 @@ class Config:
     output_dir: str = setting("", "where everything is written (default: a new folder in runs/)")
     resume: str = setting("", "a run's folder: go on with it, with its own settings but those that are typed")
     steps: int = setting(125, "training steps (one rollout of all groups each); 0: only evaluate", paper=1000, low=0)
-    seed: int = setting(0, "seed of LoRA, prompt order and noises", low=0)
+    seed: int = setting(0, "seed of LoRA, prompt order and noises", low=0, high=2 ** 63)
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, ...")
     dtype: str = setting("float32", "dtype of the frozen model", paper="bfloat16", choices=("float32", "bfloat16"))
     groups_per_step: int = setting(8, "P, prompts a step", paper=24, high=4096, group="rollout")
@@ -250,7 +246,6 @@ def rollout(model, rows, size, generators, num_steps, policy, config):
 # ---- UPDATE (Algorithm 1, lines 6-9) -------------------------------------------------------------------------------
 def accumulate_gradients(model, x0, prompts, advantages, sigma, noise, config, total_rows):
     """Add the gradient of loss + KL over R rows, one row a group at one timestep, to the LoRA's .grad.
-
     x0: [R, G, C, H, W]; prompts: R strings; advantages: [R, G]; sigma: [R]; noise: [R, 1, C, H, W], shared by the group
     so that its samples differ in x0 alone and the noise cancels between preferred and rejected.  Means are taken over
     `total_rows`, which counts the groups left out for want of signal.  Returns sums over rows: dict of floats."""
@@ -298,7 +293,6 @@ def optimizer_step(model, optimizer, done, config):
 
 def update(model, optimizer, x0, prompts, advantages, generators, done, config, accumulate=accumulate_gradients):
     """All optimizer steps on one rollout, the run's `done + 1`-th and on.  Returns sums over rows: dict of floats.
-
     x0: [P, G, C, H, W]; P prompts; advantages: [P, G]; P generators; accumulate: the rule, DGPO's or another's."""
     M, steps, sums, norm = config.timesteps_per_rollout, config.updates_per_rollout, {}, 0.0
     useful, m = (advantages != 0).any(1).nonzero()[:, 0].tolist(), M // steps   # groups with signal, m timesteps a step
@@ -397,8 +391,7 @@ def add_lora(layer, inputs, output):
     return output + F.linear(F.linear(inputs[0], LoRA.scale * down), up)
 
 class LoRA(nn.Module):
-    """LoRA on a transformer's linear layers whose name ends with one of `targets`, a set of weights for each policy.
-
+    """LoRA on a transformer's linear layers whose name ends with one of `targets`, a set of weights for each policy:
     "current" is trained; "old" follows it, for clip and rollouts; "ema" is its average, evaluated and exported.
     "frozen" is the reference: the model alone ("base"), or with the LoRA that the run began with."""
     scale = 2.0   # alpha / rank
@@ -467,7 +460,10 @@ def load_model(config):
     """The model of --model, a folder (no hub is asked) or a hub id, ready for the loop.  Raises UserError."""
     pipe = load_pipeline(config.model, getattr(torch, config.dtype))
     with blame(f"--model {config.model}, a {type(pipe).__name__}, does not fit"):
-        if type(pipe).__name__ == "StableDiffusion3Pipeline" and not pipe.scheduler.config.get("use_dynamic_shifting"):
+        # A scheduler with a schedule of its own (dynamic shift, Karras, ...) is asked for it by the adapter.
+        special = [name for name, value in pipe.scheduler.config.items() if value and name.startswith(
+            ("use_", "shift_terminal", "invert_", "stochastic_"))]
+        if (type(pipe).__name__, special) == ("StableDiffusion3Pipeline", []):
             return SD3(pipe, config)
         from adapters.any_pipeline import AnyPipeline
         return AnyPipeline(pipe, config)
@@ -560,12 +556,14 @@ def picture_rows(columns, captions):
 
     def words(text, top=6):
         tile = Image.new("RGB", size, "white")
-        for font in itertools.chain([ImageFont.load_default(12)], (ImageFont.truetype(file, 12) for file in files)):
-            # A typeface draws a box for what it lacks; what none of them has is left to metrics.jsonl.
-            if text and all(bytes(font.getmask(c)) != bytes(font.getmask("\uffff")) for c in set(text) - {" "}):
-                wrapped = textwrap.fill(text, max(1, int(len(text) * (side - 12) / font.getlength(text))))
-                ImageDraw.Draw(tile).text((6, top), wrapped, "black", font)
-                break
+        for file in ["", *files] if text else ():
+            with contextlib.suppress(OSError):   # of a file that is no typeface after all
+                font = ImageFont.truetype(file, 12) if file else ImageFont.load_default(12)
+                # A typeface draws a box for what it lacks; what none of them has is left to metrics.jsonl.
+                if all(bytes(font.getmask(c)) != bytes(font.getmask("\uffff")) for c in set(text) - {" "}):
+                    wrapped = textwrap.fill(text, max(1, int(len(text) * (side - 12) / font.getlength(text))))
+                    ImageDraw.Draw(tile).text((6, top), wrapped, "black", font)
+                    break
         return tile
 
     tiles = [[words("")], *([words(caption)] for caption in captions)]
@@ -728,13 +726,15 @@ def parse_arguments(arguments=None):
     flags = [flag(name if value else f"no-{name}") if isinstance(value, bool) else f"{flag(name)}={value}"
              for name, value in before.items()]
     config = Config(**{"model": str(EMBEDDED_MODEL), **vars(parser.parse_args([*flags, *arguments]))})
-    for name in typed.keys() & before.keys() - {"resume"} if config.resume else ():
+    if "output_dir" in typed and config.resume:
+        raise UserError("--resume goes on in the run's own folder: leave --output-dir out")
+    for name in [name for name in typed if config.resume and name != "resume" and typed[name] != before[name]]:
         print(f"{flag(name)} is {typed[name]} from now on; it was {before[name]}")
-    if not config.prompt_file:
-        raise UserError("--prompt-file is missing")
     path = Path(config.prompt_file)
+    if not path.name:
+        raise UserError("--prompt-file is missing")
     for file in (path.with_stem("heldout"), path.with_stem(f"{path.stem}_heldout")):
-        if "eval_prompt_file" not in {**before, **typed} and file.exists() and file != path:
+        if "eval_prompt_file" not in {**before, **typed} and os.path.exists(file) and file != path:
             config.eval_prompt_file = str(file)
     if "eval_reward" not in {**before, **typed} and config.reward in ("shapes", "words"):
         config.eval_reward = "realism"

@@ -979,6 +979,7 @@ def test_a_folder_has_one_run(tmp_path, capsys):
     for start, sentence in (
             (lambda: run(folder, "--steps", 1), "holds another run; --resume"),
             (lambda: run(folder, "--steps", 0, "--lora", folder / "lora"), "holds another run"),
+            (lambda: resume(folder, "--output-dir", tmp_path / "other"), "leave --output-dir out"),
             (lambda: resume(tmp_path / "elsewhere"), "elsewhere: there is no run")):
         capsys.readouterr()
         assert start() == 2 and sentence in refusal(capsys.readouterr().err)
@@ -1437,6 +1438,8 @@ def test_mistakes_on_the_command_line_are_answered_in_one_sentence(tmp_path, cap
         save_file(kept, path, {"format": "pt"})
     for flags, sentence in (
             (["--prompt-file", tmp_path / "absent.txt"], "absent.txt cannot be read: "),
+            (["--prompt-file", "."], "--prompt-file is missing"),
+            (["--prompt-file", "x" * 300 + ".txt"], "cannot be read: "),
             (["--prompt-file", tmp_path], "cannot be read: "),
             (["--prompt-file", write("bytes.txt", b"a st\xffr\n")], "bytes.txt cannot be read"),
             (["--prompt-file", empty], "empty.txt holds no prompt"),
