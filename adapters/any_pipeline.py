@@ -54,6 +54,7 @@ class AnyPipeline:
 
     def read_schedule(self):
         """Find the time shift in the pipeline's own schedule, and the one of timesteps.  Raises ValueError."""
+        refuse([(self.own, "it does not ask its scheduler for noise levels")])
         sigmas, times = self.own
         self.shift = shift_of(sigmas)
         # CogView4's timesteps are not its sigmas but the times before their shift; a solver's are whole numbers.
