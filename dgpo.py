@@ -460,10 +460,10 @@ def load_model(config):
     """The model of --model, a folder (no hub is asked) or a hub id, ready for the loop.  Raises UserError."""
     pipe = load_pipeline(config.model, getattr(torch, config.dtype))
     with blame(f"--model {config.model}, a {type(pipe).__name__}, does not fit"):
-        # A scheduler with a schedule of its own (dynamic shift, Karras, ...) is asked for it by the adapter.
         special = [name for name, value in pipe.scheduler.config.items() if value and name.startswith(
             ("use_", "shift_terminal", "invert_", "stochastic_"))]
-        if (type(pipe).__name__, special) == ("StableDiffusion3Pipeline", []):
+        kinds = type(pipe).__name__, type(pipe.scheduler).__name__
+        if kinds == ("StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler") and not special:
             return SD3(pipe, config)
         from adapters.any_pipeline import AnyPipeline
         return AnyPipeline(pipe, config)

@@ -32,7 +32,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters.any_pipeline import AnyPipeline, shift_of  # noqa: E402
-from dgpo import SD3, Config, main, ode_sigmas, sample_ode, shift_time  # noqa: E402
+from dgpo import SD3, Config, load_model, main, ode_sigmas, sample_ode, shift_time  # noqa: E402
 from rewards import UserError, blame  # noqa: E402
 
 torch.set_num_threads(1)
@@ -803,6 +803,25 @@ def test_flux2s_shift_is_that_of_the_rollouts_steps():
 def test_noise_levels_of_another_form_have_no_shift(sigmas):
     with pytest.raises(ValueError, match="its noise"):
         shift_of(torch.tensor(sigmas))
+
+
+@pytest.mark.parametrize("case, kind", [
+    ("static", "SD3"), ("no shift", "SD3"), ("dynamic", "AnyPipeline"), ("dynamic, linear", "AnyPipeline"),
+    ("stretched", "AnyPipeline"), ("DPM-Solver++", "AnyPipeline"), ("UniPC", "AnyPipeline"), ("karras", "refused"),
+    ("exponential", "refused"), ("inverted", "refused"), ("stochastic", "refused"), ("Heun", "refused"),
+    ("LCM", "refused"), ("DPM-Solver++, stochastic", "refused")])
+def test_a_folder_of_sd3_with_another_schedule_goes_through_the_adapter(case, kind, tmp_path):
+    randomized(rescheduled(SCHEDULES[case][0]())).save_pretrained(tmp_path)
+    config = Config(prompt_file="", model=str(tmp_path), device="cpu", lora_rank=4, max_sequence_length=16,
+                    resolution=128, num_inference_steps=10)
+    if kind == "refused":
+        with pytest.raises(UserError, match="does not fit: its"):
+            load_model(config)
+    else:
+        model = load_model(config)
+        assert type(model).__name__ == kind
+        if isinstance(SCHEDULES[case][1], float):
+            assert model.shift == pytest.approx(SCHEDULES[case][1], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------
