@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 import dgpo
-from adapters.test_rewards import clip_folder, geneval_folder, judges, ocr_folder, vlm_folder  # noqa: F401
+from adapters.test_rewards import GENEVAL, clip_folder, geneval_folder, judges, ocr_folder, vlm_folder  # noqa: F401
 from benchmarks import throughput
 from dgpo import (
     SD3,
@@ -1265,13 +1265,6 @@ def test_a_pipeline_with_t5_goes_through_the_whole_command_line(sd35, tmp_path, 
     assert resume(tmp_path / "more", "--steps", 2) == 0
 
 
-GENEVAL = [  # as published by GenEval and, for training, by Flow-GRPO
-    {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
-    {"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}],
-     "prompt": "a photo of two cups"},
-    {"tag": "position", "include": [{"class": "dog", "count": 1},
-                                    {"class": "tv", "count": 1, "position": ["left of", 0]}],
-     "prompt": "a photo of a tv left of a dog"}]
 PUBLISHED = dict(   # what the authors' code runs in its default mode
     dtype="bfloat16", resolution=512, max_sequence_length=128, solver="dpm++2m", num_inference_steps=10,
     guidance_scale=4.5, eval_num_inference_steps=14, group_size=24, groups_per_step=24, timesteps_per_rollout=4,
