@@ -485,40 +485,40 @@ def load_function(name, device):
         return import_function(FILES.get(name, name))
 
 
-def load_reward(spec, device="cpu", judge=False):
-    """Turn a reward's name, or a weighted sum `name:weight,name:weight`, into one callable; models go to `device`.
+class Reward:
+    """A weighted sum of named functions as one callable, (images, prompts, metadata) -> float32 [B] on the CPU.
 
-    A name is that of a reward, `reward=FOLDER` or `reward=ID` for a reward that is a model, or `file.py:function`.  The
-    callable takes (images: list of PIL images, prompts: list of str, metadata: list of dict), all of length B, and
-    returns float32 [B] on the CPU.  Its attributes: `terms`, the same for each term by itself (a dict, unweighted), and
-    `total`, which weighs and adds such a dict of any shape in float64; `scores`, which makes of it what the final table
-    shows: the strict accuracy, the reward, the terms of a sum; `check(row)` raises UserError for a row that a
-    term cannot score and returns {"tag": its category} if one knows it; `strict` says whether 1.0 means "all right".
-    Raises UserError at once for what cannot be loaded; when called, for what raises or returns no B finite numbers.  A
-    judge's `terms` then gives {}, and says so once.
+    `name` is its spec without folders; `strict` says whether 1.0 means "all right"; a `judge` that fails is left out.
     """
-    def short(text):
-        return re.sub("[^,=]*/", "", text)   # without folders
 
-    functions = {name: load_function(name, device) for name in parse_terms(spec)}
-    labels = {name: short(name) if [*map(short, functions)].count(short(name)) == 1 else name for name in functions}
-    weights = {labels[name]: weight for name, weight in parse_terms(spec).items()}
-    functions = {labels[name]: function for name, function in functions.items()}
+    def __init__(self, spec, device, judge):
+        def short(text):
+            return re.sub("[^,=]*/", "", text)   # without folders
 
-    def check(row):
+        self.name, weights = short(spec), parse_terms(spec)
+        loaded = {name: load_function(name, device) for name in weights}
+        labels = {name: short(name) if [*map(short, weights)].count(short(name)) == 1 else name for name in weights}
+        self.weights = {labels[name]: weight for name, weight in weights.items()}
+        self.functions = {labels[name]: function for name, function in loaded.items()}
+        self.strict = [*weights.values()] == [1.0] and getattr(*loaded.values(), "strict", False)
+        self.judge, self.left_out = judge, False
+
+    def check(self, row):
+        """Raise UserError for a row that a term cannot score; returns {"tag": its category} if a term knows it."""
         tag = {}
-        for name, function in functions.items():
+        for name, function in self.functions.items():
             with blame(f"the reward {name!r} cannot score the prompt '{brief(row['prompt'])}'"), undisturbed():
                 getattr(function, "check", lambda *row: None)(row["prompt"], copy.deepcopy(row))
                 tag = {"tag": function.category(row["prompt"])} if hasattr(function, "category") else tag
         return tag
 
     @torch.no_grad()
-    def terms(images, prompts, metadata):
-        found = {name: torch.zeros(0) for name in functions}
+    def score(self, images, prompts, metadata):
+        """Each term by itself, unweighted: dict name -> float32 [B].  Raises UserError."""
+        found = {name: torch.zeros(0) for name in self.functions}
         for prompt, fields in zip(prompts, metadata):
-            check({**fields, "prompt": prompt})
-        for name, function in functions.items() if images else ():   # one of many processes may own no group
+            self.check({**fields, "prompt": prompt})
+        for name, function in self.functions.items() if images else ():   # one of many processes may own no group
             # Copies, one for each row: a reward that changes what it is given must not change the run.
             copies = [image.convert("RGB") for image in images], list(prompts), [*map(copy.deepcopy, metadata)]
             with blame(f"the reward {name!r} failed for the prompts from '{brief(prompts[0])}' on"), undisturbed():
@@ -531,27 +531,38 @@ def load_reward(spec, device="cpu", judge=False):
             found[name] = scores
         return found
 
-    def reward(images, prompts, metadata):
-        return reward.total(terms(images, prompts, metadata)).float()
-
-    def watch(*drawn):
+    def terms(self, images, prompts, metadata):
+        """As `score`, but a judge that fails says so once and gives {} from then on: that is no fault of the run."""
         try:
-            return terms(*drawn) if reward.watches else {}
+            return {} if self.left_out else self.score(images, prompts, metadata)
         except UserError as error:
-            reward.watches = False   # from now on: what a judge cannot score is no fault of the run
-            print(f"the judge {reward.name} is left out: {error}", flush=True)
+            if not self.judge:
+                raise
+            self.left_out = True
+            print(f"the judge {self.name} is left out: {error}", flush=True)
             return {}
 
-    def scores(terms):
-        total = reward.total(terms)
-        strict = {f"{reward.name}, strict": (total >= 1).double()} if reward.strict else {}
-        return {**strict, reward.name: total, **(terms if len(terms) > 1 else {})}
+    def total(self, terms):
+        """The weighted sum of a dict of terms, of any one shape, in float64."""
+        return sum(self.weights[name] * score.double() for name, score in terms.items())
 
-    reward.check, reward.terms, reward.scores = check, watch if judge else terms, scores
-    reward.name, reward.watches = short(spec), True
-    reward.total = lambda terms: sum(weights[name] * score.double() for name, score in terms.items())
-    reward.strict = list(weights.values()) == [1.0] and getattr(*functions.values(), "strict", False)
-    return reward
+    def scores(self, terms):
+        """What the final table shows of the terms: the strict accuracy, the reward, and the terms of a sum: dict."""
+        total = self.total(terms)
+        strict = {f"{self.name}, strict": (total >= 1).double()} if self.strict else {}
+        return {**strict, self.name: total, **(terms if len(terms) > 1 else {})}
+
+    def __call__(self, images, prompts, metadata):
+        return self.total(self.score(images, prompts, metadata)).float()
+
+
+def load_reward(spec, device="cpu", judge=False):
+    """Turn a reward's name, or a weighted sum `name:weight,name:weight`, into one Reward; models go to `device`.
+
+    A name is that of a reward, `reward=FOLDER` or `reward=ID` for a reward that is a model, or `file.py:function`.
+    Raises UserError at once for what cannot be loaded; when called, for what raises or returns no B finite numbers.
+    """
+    return Reward(spec, device, judge)
 
 
 # ------------------------------------------------------------------------------------------------
