@@ -314,8 +314,8 @@ def update(model, optimizer, x0, prompts, advantages, generators, done, config, 
 def rows_of_step(rows, step, config):
     """The P prompts of a step: one seeded permutation of the file after another, without a state to save."""
     places = [divmod(step * config.groups_per_step + i, len(rows)) for i in range(config.groups_per_step)]
-    return [rows[torch.randperm(len(rows), generator=seeded(config.seed, "order", epoch))[place]]
-            for epoch, place in places]
+    orders = {epoch: torch.randperm(len(rows), generator=seeded(config.seed, "order", epoch)) for epoch in dict(places)}
+    return [rows[orders[epoch][place]] for epoch, place in places]
 
 def draw_and_score(model, judges, rows, size, seeds, num_steps, policy, config):
     """Draw `size` images for each of P rows and score them: (x0, images, dict name -> dict term -> scores [P, size]).
@@ -753,8 +753,8 @@ def prepare(config):
     load_prompts(config.prompt_file)   # before anything large is loaded
     reward = load_reward(config.reward, config.device)
     judges = [load_reward(spec, config.device, judge=True) for spec in filter(None, config.eval_reward.split(","))]
-    rows, held_out = (load_prompts(file or config.prompt_file, reward)
-                      for file in (config.prompt_file, config.eval_prompt_file))
+    rows = load_prompts(config.prompt_file, reward)
+    held_out = load_prompts(config.eval_prompt_file, reward) if config.eval_prompt_file else rows
     held_out = list({row["prompt"]: row for row in held_out}.values())   # drawn, as published files are sorted
     held_out = random.Random(0).sample(held_out, min(config.eval_prompts or len(held_out), len(held_out)))
     model = load_model(config)

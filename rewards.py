@@ -587,13 +587,13 @@ def report(title, before, after, rows):
     titles = ("score", "error") if after is before else ("before", "after", "change", "error")
     lines, numbers = [f"{title:30}" + "".join(f"{title:>10}" for title in titles)], {}
     for name in after:
-        parts = [summarize(scores, rows) for scores in (before[name], after[name], after[name] - before[name])]
-        parts = parts[:1] if after is before else parts
+        now = summarize(after[name], rows)
+        parts = [now] if after is before else [
+            summarize(before[name], rows), now, summarize(after[name] - before[name], rows)]
         spread = before[name].mean(1).std(correction=0).item()
         fell = len(parts) > 1 and -parts[2]["score"] > max(2 * parts[2]["error"], spread / 3)
         columns = [*(part["score"] for part in parts), parts[-1]["error"]]
         lines.append(f"{name[-30:]:30}" + "".join(f"{number:10.3f}" for number in columns) + "   fell" * fell)
-        now = summarize(after[name], rows)
         if numbers:
             numbers[f"judges/{name}"] = now["score"]
             continue

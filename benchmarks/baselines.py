@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.flow_grpo import random_steps, sde_rollout  # noqa: E402
-from dgpo import accumulate_gradients, add_noise, group_advantages, seeded, train_step, update  # noqa: E402
+from dgpo import accumulate_gradients, add_noise, group_advantages, mean_squared, seeded, train_step, update  # noqa: E402
 
 
 def velocities(model, x0, prompts, sigma, noise):
@@ -25,11 +25,6 @@ def velocities(model, x0, prompts, sigma, noise):
     G = x0.shape[1]
     prompts, sigma = [prompt for prompt in prompts for _ in range(G)], sigma.repeat_interleave(G)
     return lambda policy: model.velocity(x_t.flatten(0, 1), sigma, prompts, policy).view(x0.shape), target
-
-
-def mean_squared(difference):
-    """[R, G, C, H, W] -> [R, G]."""
-    return difference.pow(2).mean((2, 3, 4))
 
 
 def diffusion_dpo(model, x0, prompts, advantages, sigma, noise, config, total_rows):

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -23,56 +22,16 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import baselines, claims, flow_grpo, gpu, record, throughput, trials  # noqa: E402
 from dgpo import (  # noqa: E402
-    EMBEDDED_MODEL,
-    Config,
     accumulate_gradients,
-    group_advantages,
-    load_model,
     ode_sigmas,
     parse_arguments,
     sample_ode,
     seeded,
 )
 from rewards import load_prompts, load_reward  # noqa: E402
+from test_dgpo import PROMPTS, adamw, needs, randomize, sd3, seed, update_inputs  # noqa: E402
 
 torch.set_num_threads(1)
-
-PROMPTS = ["a red circle", "three squares", "a star left of a ring", "a green cross and a blue triangle"]
-
-
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
-def sd3(**settings):
-    """The embedded model, freshly loaded and with PROMPTS encoded, and the settings it was loaded with."""
-    config = Config(**{"model": str(EMBEDDED_MODEL), "device": "cpu", "lora_rank": 4, **settings})
-    model = load_model(config)
-    model.encode(PROMPTS)
-    return model, config
-
-
-def randomize(model, policy, scale, number):
-    """Give a policy LoRA weights that matter; fresh ones are the identity, which would hide almost any mistake."""
-    generator = seed(number)
-    with torch.no_grad():
-        for t in model.lora.weights(policy):
-            t.copy_(scale * torch.randn(t.shape, generator=generator))
-
-
-def adamw(model):
-    return torch.optim.AdamW(model.lora.weights("current"), lr=1e-3)
-
-
-def update_inputs(model, groups=2, size=5):
-    """Latents [P, G, C, H, W], prompts and advantages [P, G] to train on; any latents will do."""
-    x0 = torch.randn(groups, size, *model.latent_shape, generator=seed(10))
-    return x0, PROMPTS[:groups], group_advantages(torch.rand(groups, size, generator=seed(11)))
-
-
-def needs(package):
-    """Skip a test, and say so, where a test-only package is missing; README's command installs them all."""
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"pip install {package}")
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.7])
