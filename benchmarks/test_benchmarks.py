@@ -404,8 +404,7 @@ def trial(name):
 
 
 @pytest.mark.parametrize("name", trials.TRIALS)
-def test_every_trial_takes_steps(name, monkeypatch):
-    monkeypatch.setattr(trials, "KEPT", 2)
+def test_every_trial_takes_steps(name):
     run = trial(name)
     before = [t.detach().clone() for t in run.model.lora.weights("current")]
     for _ in range(2):
@@ -433,8 +432,7 @@ def test_a_merged_lora_gives_the_same_velocities_and_steps_as_one_beside_the_wei
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
-def test_the_extremes_of_a_group_are_trained_on_alone(monkeypatch):
-    monkeypatch.setattr(trials, "KEPT", 2)
+def test_the_extremes_of_a_group_are_trained_on_alone():
     model, config = sd3()
     randomize(model, "current", 0.05, 80)
     # Two of a group, standardised among themselves, have the advantages 1 and -1: that is Diffusion-DPO's pair.

@@ -23,13 +23,11 @@ from benchmarks import claims, record  # noqa: E402
 from benchmarks.claims import Run, mean, read_lines  # noqa: E402
 from dgpo import accumulate_gradients, group_advantages, seeded, train_step  # noqa: E402
 
-KEPT = 12   # samples of a group that `extremes` trains on
-
 
 def extremes(model, x0, prompts, advantages, sigma, noise, config, total_rows):
-    """DGPO on the best and the worst of a larger group (Sol-RL, arXiv 2604.06916), standardised among themselves."""
-    order = advantages.argsort(1)
-    kept = torch.cat([order[:, :KEPT // 2], order[:, -KEPT // 2:]], 1)                             # [R, KEPT]
+    """DGPO on a group's best and worst quarter (Sol-RL, arXiv 2604.06916), standardised among themselves."""
+    order, quarter = advantages.argsort(1), max(1, advantages.shape[1] // 4)
+    kept = torch.cat([order[:, :quarter], order[:, -quarter:]], 1)                                 # [R, G / 2]
     A = group_advantages(advantages.gather(1, kept), config.advantage_std)
     return accumulate_gradients(model, x0[torch.arange(len(x0))[:, None], kept], prompts, A, sigma, noise, config,
                                 total_rows)
@@ -125,7 +123,7 @@ class Failing(Watching):
         return [max(failing[tag], 0.05) for tag in self.tags]
 
 
-claims.METHODS["extremes"] = (partial(train_step, accumulate=extremes), dict(group_size=24))
+claims.METHODS["extremes"] = (partial(train_step, accumulate=extremes), {})
 # Trial -> (method, kind of run)
 TRIALS = {
     "default": ("dgpo", Run),
@@ -134,7 +132,9 @@ TRIALS = {
     "rank 8": ("dgpo:lora_rank=8", Run),
     "M = U = 6": ("dgpo:timesteps_per_rollout=6:updates_per_rollout=6", Run),
     "M = U = 8": ("dgpo:timesteps_per_rollout=8:updates_per_rollout=8", Run),
-    "12 extremes of 24": ("extremes", Run),
+    "12 extremes of 24": ("extremes:group_size=24", Run),
+    "6 extremes of 12, M = U = 8": ("extremes:timesteps_per_rollout=8:updates_per_rollout=8", Run),
+    "5 groups, M = U = 8": ("dgpo:groups_per_step=5:timesteps_per_rollout=8:updates_per_rollout=8", Run),
     "beta 3": ("dgpo:beta=3", Run),
     "prompts by spread": ("dgpo", Spread),
     "merged": ("dgpo", Merged),
