@@ -311,7 +311,7 @@ def folders(tmp_path_factory):
 
 
 def load(folder, dtype=torch.float32):
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype={"default": dtype, "vae": torch.float32})
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype={"default": dtype, "vae": torch.float32})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
